@@ -1,1 +1,2 @@
-fn main(){}
+//! Micro-benchmarks of the operations.
+fn main() {}

@@ -1,0 +1,1 @@
+//! `eurus bench`: load generator and model timings.

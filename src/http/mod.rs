@@ -1,0 +1,1 @@
+//! The HTTP surface: wire types, routes and the accept loop.

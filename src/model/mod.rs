@@ -1,0 +1,1 @@
+//! The arithmetic of Llama-shaped checkpoints: one decoder for serving and training.

@@ -1,0 +1,10 @@
+//! One operation a file: formula, shapes, CPU body, device launch, gradient and tests.
+//! The only place, with `device`, that may tell a CPU from a GPU.
+
+use crate::error::Error;
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Internal(error.to_string())
+    }
+}

@@ -1,0 +1,1 @@
+//! The only place where step plans meet tensors.

@@ -1,0 +1,1 @@
+//! The use cases, free of HTTP: generate, score, best of n.
