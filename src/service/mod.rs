@@ -6,6 +6,7 @@ pub mod generate;
 pub mod model;
 pub mod prompt;
 pub mod score;
+pub mod select;
 pub mod tokens;
 pub mod updates;
 
