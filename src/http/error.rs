@@ -84,6 +84,11 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "there is no such route")
     }
 
+    /// 405.
+    pub fn method_not_allowed() -> Self {
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "this route does not take this method")
+    }
+
     /// 404 for a model that is not served.
     pub fn no_model() -> Self {
         let mut error = Self::new(StatusCode::NOT_FOUND, "the model does not exist; GET /v1/models lists what is served");
