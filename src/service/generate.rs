@@ -2,21 +2,22 @@
 
 use std::sync::Arc;
 
+use tokio::sync::mpsc::{Receiver, channel};
+
+pub use super::generation::Generation;
 use super::{
     Prompt, ServedModel, Service, TokenId,
-    updates::{Completed, Update},
+    prompt::{self, Prepared},
+    validate,
 };
-use crate::error::{Error, Result};
+pub use crate::text::stream::StopText;
+use crate::{
+    engine::request::{Event, Request, SamplingParams, Task},
+    error::Result,
+};
 
-/// Whether a stop string is part of the output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum StopText {
-    /// The output ends before it.
-    #[default]
-    Cut,
-    /// The output ends with it (`include_stop_str_in_output`); the text of a stop token is kept too.
-    Keep,
-}
+/// Events of one sequence that may wait for their reader; a sequence whose reader lags further pauses.
+const EVENTS_MAX: usize = 64;
 
 /// Whether the model's end-of-sequence tokens end a candidate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -101,68 +102,83 @@ impl GenerateRequest {
     }
 }
 
-/// A running generation. Dropping it cancels every candidate within one step.
-#[derive(Debug)]
-pub struct Generation {
-    model: Arc<ServedModel>,
-    seed: u64,
-    prompt_ids: Vec<TokenId>,
-    prompt_text: String,
-    template: Option<String>,
-}
-
-impl Generation {
-    /// The policy that runs.
-    pub fn model(&self) -> &Arc<ServedModel> {
-        &self.model
-    }
-
-    /// The seed of candidate 0.
-    pub fn seed(&self) -> u64 {
-        self.seed
-    }
-
-    /// Tokens of the prompt.
-    pub fn prompt_tokens(&self) -> usize {
-        self.prompt_ids.len()
-    }
-
-    /// The prompt as the model sees it.
-    pub fn prompt_ids(&self) -> &[TokenId] {
-        &self.prompt_ids
-    }
-
-    /// The prompt as text: as given, as rendered, or decoded from ids.
-    pub fn prompt_text(&self) -> &str {
-        &self.prompt_text
-    }
-
-    /// The chat template that rendered the prompt; none for text and ids.
-    pub fn template(&self) -> Option<&str> {
-        self.template.as_deref()
-    }
-
-    /// The next update of any candidate, as it happens; `None` after the last one or after an error.
-    pub async fn next(&mut self) -> Option<Result<Update>> {
-        None
-    }
-
-    /// Everything, once all candidates have ended.
-    ///
-    /// # Errors
-    /// The first failure of a candidate; the others are cancelled.
-    pub async fn collect(self) -> Result<Completed> {
-        Err(Error::internal("not built yet"))
-    }
-}
-
 impl Service {
     /// Checks, tokenises (on the blocking pool) and submits a request.
     ///
     /// # Errors
     /// Invalid naming the field; NotFound for an unknown model; Overloaded if the engine cannot take all candidates;
     /// Unavailable if it is gone.
-    pub async fn generate(&self, _request: GenerateRequest) -> Result<Generation> {
-        Err(Error::internal("not built yet"))
+    pub async fn generate(&self, request: GenerateRequest) -> Result<Generation> {
+        validate::count("n", request.n, self.limits().n_max)?;
+        self.start(request).await
     }
+
+    /// The same without a limit on `n`, which the caller has checked.
+    pub(super) async fn start(&self, request: GenerateRequest) -> Result<Generation> {
+        let model = Arc::clone(self.policy(request.model.as_deref())?);
+        validate::check(&request, self.limits(), model.vocab_size)?;
+        let (request, prepared) = {
+            let (model, limits) = (Arc::clone(&model), self.limits().clone());
+            self.off_thread(move || {
+                let prepared = prompt::prepare(&model, &request.prompt, &limits)?;
+                Ok((request, prepared))
+            })
+            .await?
+        };
+        let max_tokens = validate::max_tokens(&request, prepared.ids.len(), model.len_max)?;
+        let seed = request.seed.unwrap_or_else(random_seed);
+        let mut sources = Vec::with_capacity(request.n);
+        for index in 0..request.n {
+            let params = params(&request, &model, Draw { index, seed, max_tokens });
+            sources.push(submit(&model, &prepared, params)?);
+        }
+        Ok(Generation::new(model, &request, seed, prepared, sources))
+    }
+}
+
+/// What differs between the candidates of a request, or is not in it as such.
+struct Draw {
+    index: usize,
+    seed: u64,
+    max_tokens: usize,
+}
+
+fn params(request: &GenerateRequest, model: &ServedModel, draw: Draw) -> SamplingParams {
+    let mut stop_token_ids = request.stop_token_ids.clone();
+    if request.eos == Eos::Stops {
+        stop_token_ids.extend(model.eos_ids.iter().filter(|id| !request.stop_token_ids.contains(id)));
+    }
+    SamplingParams {
+        temperature: request.temperature,
+        top_p: request.top_p,
+        top_k: request.top_k,
+        min_p: request.min_p,
+        repetition_penalty: request.repetition_penalty,
+        presence_penalty: request.presence_penalty,
+        frequency_penalty: request.frequency_penalty,
+        logit_bias: request.logit_bias.clone(),
+        seed: draw.seed.wrapping_add(draw.index as u64),
+        max_tokens: draw.max_tokens,
+        min_tokens: request.min_tokens,
+        stop_token_ids,
+        logprobs: request.logprobs,
+        // The prompt is the same for all candidates, so one reads it for all.
+        prompt_logprobs: request.prompt_logprobs.filter(|_| draw.index == 0),
+    }
+}
+
+/// Hands one candidate to the engine, unless there is nothing to compute.
+fn submit(model: &ServedModel, prompt: &Prepared, params: SamplingParams) -> Result<Option<Receiver<Event>>> {
+    if params.max_tokens == 0 && params.prompt_logprobs.is_none() {
+        return Ok(None);
+    }
+    let (reply, events) = channel(EVENTS_MAX);
+    model.engine.submit(Request { prompt: prompt.ids.clone(), task: Task::Generate(Arc::new(params)), reply })?;
+    Ok(Some(events))
+}
+
+fn random_seed() -> u64 {
+    let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
+    // Six bits of a version 4 identifier are fixed; mixing both halves leaves none fixed in the result.
+    (high ^ low.rotate_left(32)) % validate::SEED_END
 }

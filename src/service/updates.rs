@@ -1,6 +1,10 @@
 //! What a generation yields: plain data, token texts resolved.
 
 use super::{TokenId, Usage};
+use crate::{engine::request::TokenLogProb, text::Tokenizer};
+
+/// Stands for a probability of zero, so that every log-probability is a JSON number.
+const LOGPROB_MIN: f32 = -9999.0;
 
 /// A token and what it stands for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +26,32 @@ pub struct TokenInfo {
     pub logprob: Option<f32>,
     /// The most probable tokens, best first; as many as were asked for.
     pub top: Vec<(TokenText, f32)>,
+}
+
+impl TokenText {
+    /// Looks a token up.
+    pub(super) fn new(tokenizer: &Tokenizer, id: TokenId) -> Self {
+        // A model may have more rows than its tokenizer has tokens; those stand for nothing.
+        let bytes = tokenizer.token_bytes(id).unwrap_or_default();
+        Self { id, text: String::from_utf8_lossy(&bytes).into_owned(), bytes }
+    }
+}
+
+impl TokenInfo {
+    /// What the engine said of a token, with its text.
+    pub(super) fn new(tokenizer: &Tokenizer, row: &TokenLogProb) -> Self {
+        let top = |&(id, logprob): &(TokenId, f32)| (TokenText::new(tokenizer, id), logprob.max(LOGPROB_MIN));
+        Self {
+            token: TokenText::new(tokenizer, row.token),
+            logprob: Some(row.logprob.max(LOGPROB_MIN)),
+            top: row.top.iter().map(top).collect(),
+        }
+    }
+
+    /// A token that nothing predicted.
+    pub(super) fn unknown(tokenizer: &Tokenizer, id: TokenId) -> Self {
+        Self { token: TokenText::new(tokenizer, id), logprob: None, top: Vec::new() }
+    }
 }
 
 /// Why a candidate ended.
@@ -129,4 +159,62 @@ pub fn total_usage(candidates: &[Candidate]) -> Usage {
         cached_tokens: candidates.first().map_or(0, |first| first.usage.cached_tokens),
         completion_tokens: usages().map(|usage| usage.completion_tokens).sum(),
     }
+}
+
+/// Puts the updates of a generation together again.
+pub(super) struct Collector {
+    seed: u64,
+    prompt: Vec<TokenInfo>,
+    partial: Vec<Delta>,
+}
+
+impl Collector {
+    /// For `count` candidates, the first drawn with `seed`.
+    pub(super) fn new(count: usize, seed: u64) -> Self {
+        let empty = |index| Delta { index, text: String::new(), ids: Vec::new(), logprobs: Vec::new() };
+        Self { seed, prompt: Vec::new(), partial: (0..count).map(empty).collect() }
+    }
+
+    /// Takes one update; gives the candidate that it finished.
+    pub(super) fn take(&mut self, update: Update) -> Option<Candidate> {
+        match update {
+            Update::Prompt(tokens) => self.prompt = tokens,
+            Update::Delta(delta) => {
+                let partial = &mut self.partial[delta.index];
+                partial.text.push_str(&delta.text);
+                partial.ids.extend(delta.ids);
+                partial.logprobs.extend(delta.logprobs);
+            }
+            Update::Finished(finished) => return Some(self.finish(finished)),
+        }
+        None
+    }
+
+    /// The tokens of the prompt, where they were asked for.
+    pub(super) fn into_prompt(self) -> Vec<TokenInfo> {
+        self.prompt
+    }
+
+    fn finish(&mut self, finished: Finished) -> Candidate {
+        let Finished { index, reason, stop_reason, usage } = finished;
+        let partial = &mut self.partial[index];
+        let logprobs = std::mem::take(&mut partial.logprobs);
+        Candidate {
+            index,
+            seed: self.seed.wrapping_add(index as u64),
+            text: std::mem::take(&mut partial.text),
+            ids: std::mem::take(&mut partial.ids),
+            mean_logprob: mean(&logprobs),
+            logprobs,
+            finish: reason,
+            stop_reason,
+            usage,
+        }
+    }
+}
+
+/// Mean log-probability; none of no tokens.
+fn mean(logprobs: &[TokenInfo]) -> Option<f64> {
+    let sum: f64 = logprobs.iter().filter_map(|info| info.logprob).map(f64::from).sum();
+    (!logprobs.is_empty()).then(|| sum / logprobs.len() as f64)
 }
