@@ -44,17 +44,6 @@ impl Runner {
         &self.cache
     }
 
-    fn bounds(&self) -> Bounds {
-        let config = &self.model.config;
-        Bounds {
-            block_count: self.cache.block_count(),
-            block_size: self.cache.block_size(),
-            vocab: config.vocab,
-            positions_max: config.positions_max,
-            window: config.window,
-        }
-    }
-
     /// Hidden states `[T, hidden]` of all rows.
     fn forward(&self, batch: &ForwardBatch) -> Result<Tensor> {
         let tokens = Tensor::new(batch.tokens.as_slice(), &self.device)?;
@@ -68,7 +57,7 @@ impl Executor for Runner {
         if plan.chunks.is_empty() {
             return Ok(StepOutput::default());
         }
-        let batch = ForwardBatch::new(plan, &self.bounds())?;
+        let batch = ForwardBatch::new(plan, &Bounds::new(&self.model.config, &self.cache))?;
         let hidden = self.forward(&batch)?;
         let mut output = StepOutput { outcomes: plan.chunks.iter().map(|_| nothing()).collect() };
         for reads in batch.reads.chunks(HEAD_ROWS_MAX) {
