@@ -210,11 +210,7 @@ impl Generation {
         let logprobs = logprob.map(|row| TokenInfo::new(&self.model.tokenizer, row)).into_iter().collect();
         self.ready.push_back(Update::Delta(Delta { index, text, ids: vec![id], logprobs }));
         if let Some(stop) = stopped {
-            let usage = Usage {
-                prompt_tokens: self.prompt.ids.len(),
-                cached_tokens: 0,
-                completion_tokens: slot.drawn,
-            };
+            let usage = Usage { prompt_tokens: self.prompt.ids.len(), cached_tokens: 0, completion_tokens: slot.drawn };
             slot.source = Source::Ended;
             self.finished(index, FinishReason::Stop, Some(StopReason::Text(stop)), usage);
         }
@@ -234,7 +230,12 @@ impl Generation {
             (Finish::Length, None) => (FinishReason::Length, None),
         };
         if !rest.text.is_empty() {
-            self.ready.push_back(Update::Delta(Delta { index, text: rest.text, ids: Vec::new(), logprobs: Vec::new() }));
+            self.ready.push_back(Update::Delta(Delta {
+                index,
+                text: rest.text,
+                ids: Vec::new(),
+                logprobs: Vec::new(),
+            }));
         }
         self.finished(index, reason, stop_reason, usage);
         self.finish_unasked();
