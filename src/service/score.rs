@@ -237,9 +237,10 @@ fn read(
 }
 
 fn eos(model: &ServedModel) -> Result<TokenId> {
-    model.tokenizer.eos().ok_or_else(|| {
-        Error::invalid("append_eos", format!("append_eos: {} has no end-of-sequence token", model.name))
-    })
+    model
+        .tokenizer
+        .eos()
+        .ok_or_else(|| Error::invalid("append_eos", format!("append_eos: {} has no end-of-sequence token", model.name)))
 }
 
 /// Keeps BOS, where there is one, and the newest tokens, `room` in all.
