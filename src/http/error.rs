@@ -91,7 +91,8 @@ impl ApiError {
 
     /// 404 for a model that is not served.
     pub fn no_model() -> Self {
-        let mut error = Self::new(StatusCode::NOT_FOUND, "the model does not exist; GET /v1/models lists what is served");
+        let mut error =
+            Self::new(StatusCode::NOT_FOUND, "the model does not exist; GET /v1/models lists what is served");
         error.body.param = Some("model".into());
         error.body.code = Some("model_not_found");
         error

@@ -20,7 +20,6 @@ use crate::service::score::{Rewards, ScoreRequest, Truncate};
 
 /// Two lists of texts under one of four pairs of names; one text on the left goes with each on the right.
 #[derive(Debug, Clone, Default, Deserialize, ToSchema)]
-#[serde(default)]
 pub struct PairsRequest {
     /// A reward model; by default the first one served.
     pub model: Option<String>,
@@ -106,9 +105,10 @@ impl PairsRequest {
                 return Err(ApiError::unsupported(name));
             }
         }
-        let mut left = [("text_1", self.text_1), ("queries", self.queries), ("data_1", self.data_1), ("query", self.query)]
-            .into_iter()
-            .filter_map(|(name, list)| list.map(|list| (name, list.into_vec())));
+        let mut left =
+            [("text_1", self.text_1), ("queries", self.queries), ("data_1", self.data_1), ("query", self.query)]
+                .into_iter()
+                .filter_map(|(name, list)| list.map(|list| (name, list.into_vec())));
         let mut right =
             [("text_2", self.text_2), ("documents", self.documents), ("items", self.items), ("data_2", self.data_2)]
                 .into_iter()
@@ -116,7 +116,10 @@ impl PairsRequest {
         let (Some((left_name, left)), Some((right_name, right)), None, None) =
             (left.next(), right.next(), left.next(), right.next())
         else {
-            return Err(ApiError::invalid("text_1", "give one list of questions and one of answers, such as `text_1` and `text_2`"));
+            return Err(ApiError::invalid(
+                "text_1",
+                "give one list of questions and one of answers, such as `text_1` and `text_2`",
+            ));
         };
         if !matched(left_name, right_name) {
             return Err(ApiError::invalid(right_name, format!("`{right_name}` does not go with `{left_name}`")));
@@ -141,7 +144,8 @@ fn zip(left: Vec<String>, right: Vec<String>, name: &str, pairs_max: usize) -> A
         1 => Ok(right.into_iter().map(|answer| (left[0].clone(), answer)).collect()),
         len if len == right.len() => Ok(left.into_iter().zip(right).collect()),
         len => {
-            let message = format!("there are {len} questions and {} answers: give one question, or as many", right.len());
+            let message =
+                format!("there are {len} questions and {} answers: give one question, or as many", right.len());
             Err(ApiError::invalid(name, message))
         }
     }
