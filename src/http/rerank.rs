@@ -20,7 +20,6 @@ use crate::service::score::{Rewards, ScoreRequest, Truncate};
 
 /// Two lists of texts under one of four pairs of names; one text on the left goes with each on the right.
 #[derive(Debug, Clone, Default, Deserialize, ToSchema)]
-#[serde(default)]
 pub struct PairsRequest {
     /// A reward model; by default the first one served.
     pub model: Option<String>,

@@ -23,6 +23,7 @@ use crate::{
 };
 
 /// A running generation. Dropping it cancels every candidate within one step.
+#[derive(Debug)]
 pub struct Generation {
     model: Arc<ServedModel>,
     seed: u64,
@@ -38,6 +39,7 @@ pub struct Generation {
 }
 
 /// Stop tokens, by what they mean for the output.
+#[derive(Debug)]
 struct Stops {
     /// End a candidate and have no text.
     silent: Vec<TokenId>,
@@ -46,6 +48,7 @@ struct Stops {
 }
 
 /// One candidate.
+#[derive(Debug)]
 struct Slot {
     source: Source,
     text: TextStream,
@@ -53,6 +56,7 @@ struct Slot {
 }
 
 /// Where a candidate's events come from.
+#[derive(Debug)]
 enum Source {
     /// Nothing was asked of the engine: no tokens are to be drawn.
     Unasked,
