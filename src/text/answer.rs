@@ -1,0 +1,1 @@
+//! Final answers in texts, and when two of them are equal.
