@@ -171,13 +171,13 @@ fn run_seed(seed: u64) -> Result<Tally, String> {
 impl Simulation {
     fn new(seed: u64) -> Self {
         let mut dice = Dice(mix(seed));
+        // Half of the runs have far more to do than room to do it.
+        let crowded = dice.one_in(2);
         let block_size = dice.within(1..5);
-        let block_count_max = if dice.one_in(4) { 64 } else { 19 };
-        let block_count = dice.within(8..block_count_max + 1);
+        let block_count = if crowded { dice.within(8..13) } else { dice.within(8..65) };
         let room = (block_count * block_size).min(64);
-        let step_tokens_max = if dice.one_in(2) { 64 } else { 11 };
         let limits = Limits {
-            step_tokens: dice.within(4..step_tokens_max + 1),
+            step_tokens: if crowded { dice.within(4..16) } else { dice.within(4..65) },
             running_max: dice.within(1..13),
             waiting_max: dice.within(1..9),
             len_max: dice.within(room / 2..room + 8),
@@ -185,7 +185,8 @@ impl Simulation {
         let vocab = dice.within(2..5) as TokenId;
         let model = FakeModel::new(block_count, block_size, vocab);
         let failure_rarity = if dice.one_in(3) { dice.within(4..40) } else { 0 };
-        let clients = clients(&mut dice, &limits, room, vocab);
+        let groups = if crowded { 4..10 } else { 1..7 };
+        let clients = clients(&mut dice, groups, room.min(limits.len_max), vocab);
         Self {
             dice,
             step: 0,
@@ -241,6 +242,9 @@ impl Simulation {
         self.scheduler.audit()?;
         if plan.token_count() > self.limits.step_tokens || plan.chunks.iter().any(|chunk| chunk.tokens.is_empty()) {
             return Err(format!("a step of {} tokens", plan.token_count()));
+        }
+        if let Some(chunk) = plan.chunks.iter().find(|chunk| !self.scheduler.running_ids().any(|id| id == chunk.id)) {
+            return Err(format!("{:?} was planned and does not run", chunk.id));
         }
         self.check_order(&before, &plan, self.scheduler.counters().preemptions - preemptions)?;
         if plan.chunks.is_empty() {
@@ -400,19 +404,19 @@ impl Client {
 }
 
 /// Requests that share prefixes, some of them several times the same.
-fn clients(dice: &mut Dice, limits: &Limits, room: usize, vocab: TokenId) -> Vec<Client> {
+fn clients(dice: &mut Dice, groups: Range<usize>, room: usize, vocab: TokenId) -> Vec<Client> {
     let document: Vec<TokenId> = (0..room).map(|_| dice.within(0..vocab as usize) as TokenId).collect();
     let horizon = dice.within(1..30);
     let mut clients = Vec::new();
-    for _ in 0..dice.within(1..7) {
-        let mut prompt = document[..dice.within(0..room / 2)].to_vec();
+    for _ in 0..dice.within(groups) {
+        let shared_max = if dice.one_in(2) { room / 2 } else { room / 6 + 1 };
+        let mut prompt = document[..dice.within(0..shared_max)].to_vec();
         prompt.extend((0..dice.within(1..9)).map(|_| dice.within(0..vocab as usize) as TokenId));
         let arrives = dice.within(0..horizon) as u64;
         let twin_count = if dice.one_in(4) { dice.within(2..5) } else { 1 };
         let kind = dice.within(0..10);
         for _ in 0..twin_count {
-            let room = room.min(limits.len_max).saturating_sub(prompt.len());
-            let task = task(dice, kind, room, vocab);
+            let task = task(dice, kind, room.saturating_sub(prompt.len()), vocab);
             clients.push(client(dice, arrives, prompt.clone(), task));
         }
     }
@@ -430,7 +434,7 @@ fn task(dice: &mut Dice, kind: usize, room: usize, vocab: TokenId) -> Task {
     Task::Generate(Arc::new(SamplingParams {
         repetition_penalty: if dice.one_in(4) { 1.5 } else { 1.0 },
         seed: dice.within(0..4) as u64,
-        max_tokens: dice.within(usize::from(prompt_logprobs.is_none())..room.clamp(2, 20)) + oversized,
+        max_tokens: dice.within(usize::from(prompt_logprobs.is_none())..room.clamp(2, 32)) + oversized,
         min_tokens: dice.within(0..4),
         stop_token_ids: if dice.one_in(4) { vec![dice.within(0..vocab as usize) as TokenId] } else { Vec::new() },
         logprobs: dice.one_in(4).then(|| dice.within(0..3)),

@@ -49,15 +49,18 @@ fn draw_token(seen: u64, draw: &Draw, vocab: TokenId) -> TokenId {
 pub(super) struct Slot {
     pub(super) value: u64,
     pub(super) token: TokenId,
+    /// The step that wrote it.
+    step: u64,
 }
 
-const GARBAGE: Slot = Slot { value: 0xDEAD, token: TokenId::MAX };
+const GARBAGE: Slot = Slot { value: 0xDEAD, token: TokenId::MAX, step: 0 };
 
 /// Computes through block tables, into slots that outlive their owners as memory does.
 pub(super) struct FakeModel {
     pub(super) slots: Vec<Slot>,
     pub(super) block_size: usize,
     pub(super) vocab: TokenId,
+    step: u64,
     /// The next step fails, its slots in disarray.
     pub(super) fail_step: bool,
     /// This chunk of the next step fails alone.
@@ -66,7 +69,8 @@ pub(super) struct FakeModel {
 
 impl FakeModel {
     pub(super) fn new(block_count: usize, block_size: usize, vocab: TokenId) -> Self {
-        Self { slots: vec![GARBAGE; block_count * block_size], block_size, vocab, fail_step: false, fail_chunk: None }
+        let slots = vec![GARBAGE; block_count * block_size];
+        Self { slots, block_size, vocab, step: 0, fail_step: false, fail_chunk: None }
     }
 
     fn slot(&mut self, chunk: &Chunk, position: usize) -> &mut Slot {
@@ -78,7 +82,10 @@ impl FakeModel {
         let mut previous = if chunk.start == 0 { 0 } else { self.slot(chunk, chunk.start - 1).value };
         for (position, &token) in (chunk.start..).zip(&chunk.tokens) {
             previous = cached_value(previous, position, token);
-            *self.slot(chunk, position) = if self.fail_step { GARBAGE } else { Slot { value: previous, token } };
+            let step = self.step;
+            let written = if self.fail_step { GARBAGE } else { Slot { value: previous, token, step } };
+            let before = std::mem::replace(self.slot(chunk, position), written);
+            assert_ne!(before.step, step, "two chunks of a step write position {position} of {:?}", chunk.id);
         }
     }
 
@@ -115,6 +122,7 @@ impl FakeModel {
 
 impl Executor for FakeModel {
     fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput> {
+        self.step += 1;
         for chunk in &plan.chunks {
             self.write(chunk);
         }
