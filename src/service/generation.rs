@@ -11,7 +11,7 @@ use std::{
 use tokio::sync::mpsc::Receiver;
 
 use super::{
-    Ending, Prompt, ServedModel, TokenId, Usage,
+    Prompt, ServedModel, TokenId, Usage,
     generate::{Eos, GenerateRequest, StopText},
     prompt::Prepared,
     updates::{Candidate, Collector, Completed, Delta, FinishReason, Finished, StopReason, TokenInfo, Update},
@@ -23,6 +23,7 @@ use crate::{
 };
 
 /// A running generation. Dropping it cancels every candidate within one step.
+#[derive(Debug)]
 pub struct Generation {
     model: Arc<ServedModel>,
     seed: u64,
@@ -38,6 +39,7 @@ pub struct Generation {
 }
 
 /// Stop tokens, by what they mean for the output.
+#[derive(Debug)]
 struct Stops {
     /// End a candidate and have no text.
     silent: Vec<TokenId>,
@@ -46,6 +48,7 @@ struct Stops {
 }
 
 /// One candidate.
+#[derive(Debug)]
 struct Slot {
     source: Source,
     text: TextStream,
@@ -53,6 +56,7 @@ struct Slot {
 }
 
 /// Where a candidate's events come from.
+#[derive(Debug)]
 enum Source {
     /// Nothing was asked of the engine: no tokens are to be drawn.
     Unasked,
@@ -210,11 +214,7 @@ impl Generation {
         let logprobs = logprob.map(|row| TokenInfo::new(&self.model.tokenizer, row)).into_iter().collect();
         self.ready.push_back(Update::Delta(Delta { index, text, ids: vec![id], logprobs }));
         if let Some(stop) = stopped {
-            let usage = Usage {
-                prompt_tokens: self.prompt.ids.len(),
-                cached_tokens: 0,
-                completion_tokens: slot.drawn,
-            };
+            let usage = Usage { prompt_tokens: self.prompt.ids.len(), cached_tokens: 0, completion_tokens: slot.drawn };
             slot.source = Source::Ended;
             self.finished(index, FinishReason::Stop, Some(StopReason::Text(stop)), usage);
         }
@@ -234,7 +234,12 @@ impl Generation {
             (Finish::Length, None) => (FinishReason::Length, None),
         };
         if !rest.text.is_empty() {
-            self.ready.push_back(Update::Delta(Delta { index, text: rest.text, ids: Vec::new(), logprobs: Vec::new() }));
+            self.ready.push_back(Update::Delta(Delta {
+                index,
+                text: rest.text,
+                ids: Vec::new(),
+                logprobs: Vec::new(),
+            }));
         }
         self.finished(index, reason, stop_reason, usage);
         self.finish_unasked();
@@ -276,7 +281,7 @@ impl Stops {
 /// An answer is a text of its own; what goes on from other text keeps the space it begins with.
 fn position(prompt: &Prompt) -> Position {
     match prompt {
-        Prompt::Messages(conversation) if conversation.ending != Ending::Continue => Position::Beginning,
+        Prompt::Messages(conversation) if !conversation.is_begun() => Position::Beginning,
         Prompt::Messages(_) | Prompt::Text(_) | Prompt::Ids(_) => Position::AfterText,
     }
 }

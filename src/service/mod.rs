@@ -172,3 +172,6 @@ fn shown(name: &str) -> String {
     let clean: String = name.chars().filter(|character| !character.is_control()).take(80).collect();
     if clean.is_empty() { "\"\"".into() } else { clean }
 }
+
+#[cfg(test)]
+mod tests;

@@ -28,6 +28,11 @@ impl Conversation {
     pub fn new(messages: Vec<Message>) -> Self {
         Self { messages, ending: Ending::Prompt, kwargs: Map::new() }
     }
+
+    /// Whether it ends inside the last message, so that a model goes on writing that.
+    pub(super) fn is_begun(&self) -> bool {
+        matches!(self.ending, Ending::Continue | Ending::Answer)
+    }
 }
 
 /// What a generation starts from.
@@ -97,8 +102,10 @@ pub(super) fn render(
     validate::count_of(field, "messages", messages.len(), limits.messages_max)?;
     bytes(field, messages.iter().map(|message| message.content.len() + message.role.len()).sum(), limits)?;
     let options = RenderOptions { ending: conversation.ending, kwargs: conversation.kwargs.clone() };
-    let rendered =
-        model.template.render(messages, &model.tokenizer, &options).map_err(|error| reblame(error, "messages", field))?;
+    let rendered = model
+        .template
+        .render(messages, &model.tokenizer, &options)
+        .map_err(|error| reblame(error, "messages", field))?;
     let ids = model.tokenizer.encode_rendered(&rendered).map_err(|error| blame(error, field))?;
     Ok(Prepared { ids, text: rendered.text, template: Some(model.template.name().to_string()) })
 }

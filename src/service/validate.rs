@@ -178,7 +178,11 @@ mod tests {
         check_refused(|r| r.top_p = 0.0, "top_p", "top_p must be above 0 and at most 1, not 0");
         check_refused(|r| r.top_p = f32::NAN, "top_p", "top_p must be above 0 and at most 1, not NaN");
         check_refused(|r| r.min_p = 1.5, "min_p", "min_p must be between 0 and 1, not 1.5");
-        check_refused(|r| r.presence_penalty = 3.0, "presence_penalty", "presence_penalty must be between -2 and 2, not 3");
+        check_refused(
+            |r| r.presence_penalty = 3.0,
+            "presence_penalty",
+            "presence_penalty must be between -2 and 2, not 3",
+        );
         check_refused(
             |r| r.frequency_penalty = -3.0,
             "frequency_penalty",
@@ -224,7 +228,11 @@ mod tests {
             "logit_bias",
             "logit_bias: token id 4294967295 is outside the vocabulary of 320 tokens",
         );
-        check_refused(|r| r.logit_bias = vec![(1, 101.0)], "logit_bias", "logit_bias must be between -100 and 100, not 101");
+        check_refused(
+            |r| r.logit_bias = vec![(1, 101.0)],
+            "logit_bias",
+            "logit_bias must be between -100 and 100, not 101",
+        );
     }
 
     #[test]
@@ -252,7 +260,8 @@ mod tests {
             refusal(max_tokens(&request, 1025, 1024)),
             ("prompt".into(), "prompt is 1025 tokens long, but the context of this model holds 1024 tokens".into())
         );
-        let full = "prompt is 1024 tokens long, which leaves none to generate: the context of this model holds 1024 tokens";
+        let full =
+            "prompt is 1024 tokens long, which leaves none to generate: the context of this model holds 1024 tokens";
         assert_eq!(refusal(max_tokens(&request, 1024, 1024)), ("prompt".into(), full.into()));
         request.max_tokens = Some(0);
         assert_eq!(max_tokens(&request, 1024, 1024).unwrap(), 0);
