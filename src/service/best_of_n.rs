@@ -1,9 +1,9 @@
 //! Best of n: candidates are drawn, scored as they finish while others still generate, and the best are chosen.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use super::{
-    Ending, Kind, Message, Prompt, ServedModel, Service, Usage,
+    Kind, Message, Prompt, ServedModel, Service, Usage,
     generate::GenerateRequest,
     generation::Generation,
     score::{Returns, Reward, ScoreInput, ScoreRequest, Scoring, Truncate},
@@ -196,7 +196,7 @@ impl Service {
     async fn draw(&self, mut generation: Generation, plan: &Plan, question: &Question) -> Result<Drawn> {
         let mut collector = Collector::new(generation.count(), generation.seed());
         let mut candidates: Vec<Candidate> = Vec::with_capacity(generation.count());
-        let mut scoring = plan.reward_model.clone().map(|model| Scoring::new(model, Returns::Last));
+        let mut scoring = plan.reward_model.clone().map(|model| Scoring::new(model, Returns::Last, PATIENCE));
         while let Some(update) = generation.next().await {
             let Some(candidate) = collector.take(update?) else { continue };
             if let (Some(scoring), Some(model)) = (&mut scoring, &plan.reward_model) {
@@ -251,6 +251,8 @@ impl AnswerRule {
     }
 }
 
+/// How long a finished candidate waits for a reward model that others keep full: drawing it again would cost more.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes of an answer pattern.
 const PATTERN_BYTES_MAX: usize = 1024;
 /// Bytes of a compiled answer pattern.
@@ -276,9 +278,7 @@ enum Question {
 impl Question {
     fn new(prompt: &Prompt) -> Self {
         match prompt {
-            Prompt::Messages(conversation) if conversation.ending == Ending::Continue => {
-                Self::Begun(conversation.messages.clone())
-            }
+            Prompt::Messages(conversation) if conversation.is_begun() => Self::Begun(conversation.messages.clone()),
             Prompt::Messages(conversation) => Self::Conversation(conversation.messages.clone()),
             Prompt::Text(_) | Prompt::Ids(_) => Self::Text,
         }

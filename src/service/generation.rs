@@ -11,7 +11,7 @@ use std::{
 use tokio::sync::mpsc::Receiver;
 
 use super::{
-    Ending, Prompt, ServedModel, TokenId, Usage,
+    Prompt, ServedModel, TokenId, Usage,
     generate::{Eos, GenerateRequest, StopText},
     prompt::Prepared,
     updates::{Candidate, Collector, Completed, Delta, FinishReason, Finished, StopReason, TokenInfo, Update},
@@ -281,7 +281,7 @@ impl Stops {
 /// An answer is a text of its own; what goes on from other text keeps the space it begins with.
 fn position(prompt: &Prompt) -> Position {
     match prompt {
-        Prompt::Messages(conversation) if conversation.ending != Ending::Continue => Position::Beginning,
+        Prompt::Messages(conversation) if !conversation.is_begun() => Position::Beginning,
         Prompt::Messages(_) | Prompt::Text(_) | Prompt::Ids(_) => Position::AfterText,
     }
 }

@@ -28,6 +28,11 @@ impl Conversation {
     pub fn new(messages: Vec<Message>) -> Self {
         Self { messages, ending: Ending::Prompt, kwargs: Map::new() }
     }
+
+    /// Whether it ends inside the last message, so that a model goes on writing that.
+    pub(super) fn is_begun(&self) -> bool {
+        matches!(self.ending, Ending::Continue | Ending::Answer)
+    }
 }
 
 /// What a generation starts from.

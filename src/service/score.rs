@@ -1,6 +1,10 @@
 //! Scoring: texts, conversations or ids in, raw rewards out, in the order of the inputs.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Map, Value};
 use tokio::sync::mpsc::{Receiver, channel};
@@ -17,6 +21,8 @@ use crate::{
 
 /// A scored sequence answers with at most three events.
 const EVENTS_MAX: usize = 4;
+/// How often a full engine is asked again: about one step of a small model.
+const RETRY: Duration = Duration::from_millis(5);
 
 /// One thing to score.
 #[derive(Debug, Clone, PartialEq)]
@@ -119,7 +125,7 @@ impl Service {
         let returns = request.returns;
         let sequences = self.prepare_scores(&model, request).await?;
         let template = sequences.iter().find_map(|sequence| sequence.template.clone());
-        let mut scoring = Scoring::new(Arc::clone(&model), returns);
+        let mut scoring = Scoring::new(Arc::clone(&model), returns, Duration::ZERO);
         for (index, sequence) in sequences.into_iter().enumerate() {
             scoring.submit(index, sequence).await?;
         }
@@ -254,6 +260,8 @@ fn drop_oldest(ids: &mut Vec<TokenId>, room: usize, bos: Option<TokenId>) {
 pub(super) struct Scoring {
     model: Arc<ServedModel>,
     returns: Returns,
+    /// How long a sequence may stand before an engine that others keep full.
+    patience: Duration,
     waiting: VecDeque<Waiting>,
     done: Vec<Reward>,
     usage: Usage,
@@ -266,12 +274,13 @@ struct Waiting {
 
 impl Scoring {
     /// Nothing submitted yet.
-    pub(super) fn new(model: Arc<ServedModel>, returns: Returns) -> Self {
-        Self { model, returns, waiting: VecDeque::new(), done: Vec::new(), usage: Usage::default() }
+    pub(super) fn new(model: Arc<ServedModel>, returns: Returns, patience: Duration) -> Self {
+        Self { model, returns, patience, waiting: VecDeque::new(), done: Vec::new(), usage: Usage::default() }
     }
 
     /// Submits one sequence. When the engine is full, waits for the oldest own one, so that a batch larger than the
-    /// engine's queue passes; with none of its own under way, others fill the engine and Overloaded it is.
+    /// engine's queue passes; with none of its own under way, others fill the engine, and it is Overloaded once
+    /// patience has run out.
     pub(super) async fn submit(&mut self, index: usize, sequence: ScoreSequence) -> Result<()> {
         let ScoreSequence { ids, truncated, .. } = sequence;
         let reward = Reward {
@@ -286,6 +295,7 @@ impl Scoring {
             Returns::Last => ScoreRows::Last,
             Returns::All => ScoreRows::All,
         };
+        let arrival = Instant::now();
         loop {
             let (reply, events) = channel(EVENTS_MAX);
             match self.model.engine.submit(Request { prompt: ids.clone(), task: Task::Score(rows), reply }) {
@@ -295,6 +305,7 @@ impl Scoring {
                 }
                 Err(Error::Overloaded(message)) => match self.waiting.pop_front() {
                     Some(oldest) => self.read(oldest).await?,
+                    None if arrival.elapsed() < self.patience => tokio::time::sleep(RETRY).await,
                     None => return Err(Error::Overloaded(message)),
                 },
                 Err(error) => return Err(error),

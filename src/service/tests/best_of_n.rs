@@ -161,8 +161,7 @@ async fn a_begun_answer_is_scored_whole() {
 
 #[tokio::test]
 async fn candidates_are_scored_while_others_generate() {
-    // The policy may take six steps: enough for the short candidate, not for the long ones.
-    let gate = Gate::after(6);
+    let gate = Gate::after(0);
     let long = "1+2*3-4=".repeat(8);
     let setup = Setup { policy_gate: gate.clone(), ..Setup::saying(&[&long, "7", &long]) };
     let service = Arc::new(setup.service());
@@ -170,6 +169,12 @@ async fn candidates_are_scored_while_others_generate() {
         let service = Arc::clone(&service);
         async move { service.best_of_n(request(1, 3, None)).await }
     });
+    let policy = service.models()[0].engine.status();
+    while policy.running() + policy.queued() < 3 {
+        tokio::task::yield_now().await;
+    }
+    // Six steps: enough for the short candidate, not for the long ones.
+    gate.allow(6);
     let read = || service.metrics().reward_tokens_total.with_label_values(&["mini-rm"]).get();
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
     while read() == 0 {
@@ -194,6 +199,35 @@ async fn a_reward_model_with_a_short_queue_is_waited_for() {
     let service = Service::new(models, ServiceLimits::default(), metrics).unwrap();
     let outcome = service.best_of_n(request(1, 12, None)).await.unwrap();
     assert_eq!(outcome.chosen, by_reward(&texts)[..1]);
+}
+
+#[tokio::test]
+async fn finished_candidates_wait_for_a_reward_model_that_others_fill() {
+    let gate = Gate::after(0);
+    let setup = Setup { reward_gate: gate.clone(), ..Setup::saying(&["24", "25"]) };
+    let metrics = Arc::new(Metrics::new().unwrap());
+    let narrow = Setup { waiting_max: 1, running_max: 1, ..setup.clone() };
+    let models = vec![setup.model(Kind::Policy, &metrics), narrow.model(Kind::Reward, &metrics)];
+    let service = Arc::new(Service::new(models, ServiceLimits::default(), metrics).unwrap());
+    // Two sequences of others: one runs into the gate, one waits behind it.
+    let (reply, _events) = tokio::sync::mpsc::channel(4);
+    let engine = &service.models()[1].engine;
+    let task = crate::engine::Task::Score(crate::engine::ScoreRows::Last);
+    while engine.status().running() + engine.status().queued() < 2 {
+        let _ = engine.submit(crate::engine::Request { prompt: ids("1"), task: task.clone(), reply: reply.clone() });
+        std::thread::yield_now();
+    }
+    let running = tokio::spawn({
+        let service = Arc::clone(&service);
+        async move { service.best_of_n(request(1, 2, None)).await }
+    });
+    let drawn = || service.metrics().generation_tokens_total.with_label_values(&["mini"]).get();
+    while drawn() < 6 {
+        tokio::task::yield_now().await;
+    }
+    gate.release();
+    let outcome = running.await.unwrap().unwrap();
+    assert_eq!(outcome.chosen, by_reward(&["24", "25"])[..1]);
 }
 
 #[tokio::test]

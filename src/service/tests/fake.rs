@@ -39,7 +39,11 @@ impl Gate {
     }
 
     pub(super) fn release(&self) {
-        *self.0.0.lock().unwrap() = u64::MAX;
+        self.allow(u64::MAX);
+    }
+
+    pub(super) fn allow(&self, steps: u64) {
+        *self.0.0.lock().unwrap() = steps;
         self.0.1.notify_all();
     }
 

@@ -80,3 +80,13 @@ async fn text_becomes_tokens_and_text_again() {
     assert_eq!((info.bos_token.as_deref(), info.eos_token.as_deref()), (Some("<s>"), Some("</s>")));
     assert_eq!((info.adds_bos, info.vocab_size, info.len_max), (true, 320, 256));
 }
+
+#[tokio::test]
+async fn a_panic_while_reading_a_request_fails_that_request_only() {
+    let service = Setup::default().service();
+    for _ in 0..2 * std::thread::available_parallelism().unwrap().get() {
+        let result: Result<()> = service.off_thread(|| panic!("planted")).await;
+        assert_eq!(result, Err(Error::internal("reading the request failed")));
+    }
+    assert_eq!(service.off_thread(|| Ok(7)).await, Ok(7));
+}
