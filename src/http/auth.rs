@@ -51,7 +51,8 @@ impl ApiKeys {
     /// Whether `key` is one of them. Looks at all of them, whichever fits.
     pub fn accepts(&self, key: &[u8]) -> bool {
         let presented = blake3::hash(key);
-        let fits = self.0.iter().fold(subtle::Choice::from(0), |found, known| found | known.ct_eq(presented.as_bytes()));
+        let fits =
+            self.0.iter().fold(subtle::Choice::from(0), |found, known| found | known.ct_eq(presented.as_bytes()));
         fits.into()
     }
 }
@@ -93,7 +94,9 @@ mod tests {
     #[test]
     fn keys_are_compared_whole() {
         let keys = ApiKeys::new(["alpha", "beta", ""]);
-        for (key, good) in [("alpha", true), ("beta", true), ("", false), ("alph", false), ("alphaa", false), ("ALPHA", false)] {
+        for (key, good) in
+            [("alpha", true), ("beta", true), ("", false), ("alph", false), ("alphaa", false), ("ALPHA", false)]
+        {
             assert_eq!(keys.accepts(key.as_bytes()), good, "{key}");
         }
         assert_eq!(format!("{keys:?}"), "ApiKeys(2)");

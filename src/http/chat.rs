@@ -178,9 +178,8 @@ pub async fn chat(State(state): State<AppState>, body: JsonBody) -> ApiResult<Re
     let request = chat.into_request(&fields)?;
     if let Some(best_of) = best_of {
         let request = fields.best_of_request(request, best_of);
-        let with_logprobs = request.generate.logprobs.is_some();
         let outcome = state.service().best_of_n(request).await.map_err(|error| names.restore(error.into()))?;
-        return Ok(Json(best_response(outcome, report, with_logprobs, fields.returns_candidates())).into_response());
+        return Ok(Json(best_response(&outcome, report, fields.returns_candidates())).into_response());
     }
     let generation = state.service().generate(request).await.map_err(|error| names.restore(error.into()))?;
     let mut origin = Origin::from(&generation);
@@ -295,24 +294,20 @@ fn plain_response(origin: Origin, candidates: Vec<Candidate>, report: Report) ->
     }
 }
 
-fn best_response(outcome: BestOfN, report: Report, with_logprobs: bool, with_candidates: bool) -> ChatResponse {
+fn best_response(outcome: &BestOfN, report: Report, with_candidates: bool) -> ChatResponse {
     let choose = |(at, chosen): (usize, &usize)| {
         let rated = outcome.candidates.get(*chosen)?;
-        let mut candidate = rated.candidate.clone();
-        if !with_logprobs {
-            candidate.logprobs.clear();
-        }
-        Some(choice(at, candidate, report.ids, rated.into()))
+        Some(choice(at, rated.candidate.clone(), report.ids, rated.into()))
     };
     ChatResponse {
         head: Head::new("chatcmpl-", "chat.completion", &outcome.model.name),
         template: outcome.template.clone(),
         seed: outcome.seed.cast_signed(),
         choices: outcome.chosen.iter().enumerate().filter_map(choose).collect(),
-        usage: best_of_usage(&outcome),
+        usage: best_of_usage(outcome),
         prompt_logprobs: prompt_logprobs(&outcome.prompt, report),
         prompt_token_ids: None,
-        best_of: Some(BestOfAccount::new(&outcome, with_candidates)),
+        best_of: Some(BestOfAccount::new(outcome, with_candidates)),
     }
 }
 

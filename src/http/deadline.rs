@@ -152,7 +152,10 @@ mod tests {
         let mut server = Deadlines::new(server, busy.clone(), SOON, NEVER);
         let mut bytes = [0; 16];
         busy.begin();
-        assert!(tokio::time::timeout(SOON * 4, server.read(&mut bytes)).await.is_err(), "a slow body is not a late head");
+        assert!(
+            tokio::time::timeout(SOON * 4, server.read(&mut bytes)).await.is_err(),
+            "a slow body is not a late head"
+        );
         busy.end();
         assert!(tokio::time::timeout(SOON * 4, server.read(&mut bytes)).await.is_err(), "idle is not a late head");
         client.write_all(b"P").await.unwrap();

@@ -91,7 +91,8 @@ impl ApiError {
 
     /// 404 for a model that is not served.
     pub fn no_model() -> Self {
-        let mut error = Self::new(StatusCode::NOT_FOUND, "the model does not exist; GET /v1/models lists what is served");
+        let mut error =
+            Self::new(StatusCode::NOT_FOUND, "the model does not exist; GET /v1/models lists what is served");
         error.body.param = Some("model".into());
         error.body.code = Some("model_not_found");
         error
@@ -125,7 +126,11 @@ impl From<Error> for ApiError {
                 error
             }
             Error::Overloaded(message) => Self::new(StatusCode::TOO_MANY_REQUESTS, message),
-            Error::Unavailable(message) => Self::new(StatusCode::SERVICE_UNAVAILABLE, message),
+            Error::Unavailable(message) => {
+                // The reason may be the text of a panic.
+                tracing::warn!(error = %message, "request refused");
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "the model cannot answer now; the server's log tells more")
+            }
             Error::Checkpoint(message) | Error::Internal(message) => {
                 tracing::error!(error = %message, "request failed");
                 Self::internal()

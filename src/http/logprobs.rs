@@ -39,8 +39,11 @@ pub struct Alternative {
 
 /// The chat shape.
 pub fn chat(tokens: Vec<TokenInfo>) -> ChatLogProbs {
-    let alternative =
-        |(token, logprob): (TokenText, f32)| Alternative { token: token.text, logprob: finite(logprob), bytes: token.bytes };
+    let alternative = |(token, logprob): (TokenText, f32)| Alternative {
+        token: token.text,
+        logprob: finite(logprob),
+        bytes: token.bytes,
+    };
     let token = |info: TokenInfo| ChatToken {
         token: info.token.text,
         logprob: finite(info.logprob.unwrap_or(0.0)),

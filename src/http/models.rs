@@ -68,7 +68,10 @@ pub async fn list(State(state): State<AppState>) -> Json<ModelList> {
 /// One model by its name, which may hold slashes.
 #[utoipa::path(get, path = "/v1/models/{*id}", params(("id" = String, Path, description = "name of the model")),
     responses((status = 200, body = ModelCard), (status = 404, body = ErrorResponse)))]
-pub async fn retrieve(State(state): State<AppState>, id: Result<Path<String>, axum::extract::rejection::PathRejection>) -> ApiResult<Json<ModelCard>> {
+pub async fn retrieve(
+    State(state): State<AppState>,
+    id: Result<Path<String>, axum::extract::rejection::PathRejection>,
+) -> ApiResult<Json<ModelCard>> {
     let Path(id) = id.map_err(|_| ApiError::no_model())?;
     let model = state.service().models().iter().find(|model| model.name == id || model.aliases.contains(&id));
     model.map(|model| Json(ModelCard::from(&**model))).ok_or_else(ApiError::no_model)

@@ -14,7 +14,9 @@ use utoipa::{
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use super::{
-    AppState, aliases, auth::OPEN_ROUTES, chat, completion_stream, completions, models, operations, rerank, rewards,
+    AppState, aliases,
+    auth::OPEN_ROUTES,
+    chat, completion_stream, completions, models, operations, rerank, rewards,
     routes::{self, Route},
     tokenize,
 };

@@ -3,7 +3,7 @@
 use axum::{
     Json,
     extract::{MatchedPath, Request, State},
-    http::header,
+    http::{StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Redirect, Response},
 };
@@ -39,8 +39,23 @@ pub async fn health(State(state): State<AppState>) -> ApiResult<Json<Status>> {
     if state.lifecycle().stage() != Stage::Serving {
         return Err(ApiError::draining());
     }
-    state.service().health(state.options().stall_timeout)?;
+    check_engines(&state)?;
     Ok(Json(Status { status: "ok" }))
+}
+
+/// Every engine must live and, where it has work, have finished a step lately. Read from atomics.
+fn check_engines(state: &AppState) -> ApiResult<()> {
+    for model in state.service().models() {
+        let status = model.engine.status();
+        let problem = match status.dead() {
+            Some(_) => "has died",
+            None if status.step_age() > state.options().stall_timeout => "is stalled",
+            None => continue,
+        };
+        let message = format!("the engine of model {} {problem}", model.name);
+        return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message));
+    }
+    Ok(())
 }
 
 /// 200 while requests should be sent here. Models are loaded before the server listens.
@@ -53,7 +68,7 @@ pub async fn ready(state: State<AppState>) -> ApiResult<Json<Status>> {
 #[utoipa::path(get, path = "/live", responses((status = 200, body = Status), (status = 503, body = ErrorResponse)))]
 pub async fn live(State(state): State<AppState>) -> ApiResult<Json<Status>> {
     if state.lifecycle().stage() == Stage::Serving {
-        state.service().health(state.options().stall_timeout)?;
+        check_engines(&state)?;
     }
     Ok(Json(Status { status: "ok" }))
 }

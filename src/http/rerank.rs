@@ -18,9 +18,11 @@ use super::{
 };
 use crate::service::score::{Rewards, ScoreRequest, Truncate};
 
+/// A question and an answer.
+type Pair = (String, String);
+
 /// Two lists of texts under one of four pairs of names; one text on the left goes with each on the right.
 #[derive(Debug, Clone, Default, Deserialize, ToSchema)]
-#[serde(default)]
 pub struct PairsRequest {
     /// A reward model; by default the first one served.
     pub model: Option<String>,
@@ -100,15 +102,16 @@ pub async fn score(State(state): State<AppState>, body: JsonBody) -> ApiResult<J
 }
 
 impl PairsRequest {
-    fn into_pairs(self, pairs_max: usize) -> ApiResult<(Option<String>, Vec<(String, String)>)> {
+    fn into_pairs(self, pairs_max: usize) -> ApiResult<(Option<String>, Vec<Pair>)> {
         for (name, value) in [("apply_softmax", self.apply_softmax), ("item_first", self.item_first)] {
             if value == Some(true) {
                 return Err(ApiError::unsupported(name));
             }
         }
-        let mut left = [("text_1", self.text_1), ("queries", self.queries), ("data_1", self.data_1), ("query", self.query)]
-            .into_iter()
-            .filter_map(|(name, list)| list.map(|list| (name, list.into_vec())));
+        let mut left =
+            [("text_1", self.text_1), ("queries", self.queries), ("data_1", self.data_1), ("query", self.query)]
+                .into_iter()
+                .filter_map(|(name, list)| list.map(|list| (name, list.into_vec())));
         let mut right =
             [("text_2", self.text_2), ("documents", self.documents), ("items", self.items), ("data_2", self.data_2)]
                 .into_iter()
@@ -116,7 +119,10 @@ impl PairsRequest {
         let (Some((left_name, left)), Some((right_name, right)), None, None) =
             (left.next(), right.next(), left.next(), right.next())
         else {
-            return Err(ApiError::invalid("text_1", "give one list of questions and one of answers, such as `text_1` and `text_2`"));
+            return Err(ApiError::invalid(
+                "text_1",
+                "give one list of questions and one of answers, such as `text_1` and `text_2`",
+            ));
         };
         if !matched(left_name, right_name) {
             return Err(ApiError::invalid(right_name, format!("`{right_name}` does not go with `{left_name}`")));
@@ -133,7 +139,7 @@ fn matched(left: &str, right: &str) -> bool {
 }
 
 /// One to many, or one to one. Counted before questions are copied.
-fn zip(left: Vec<String>, right: Vec<String>, name: &str, pairs_max: usize) -> ApiResult<Vec<(String, String)>> {
+fn zip(left: Vec<String>, right: Vec<String>, name: &str, pairs_max: usize) -> ApiResult<Vec<Pair>> {
     if right.len() > pairs_max || left.len() > pairs_max {
         return Err(ApiError::invalid(name, format!("at most {pairs_max} pairs can be scored at once")));
     }
@@ -141,7 +147,8 @@ fn zip(left: Vec<String>, right: Vec<String>, name: &str, pairs_max: usize) -> A
         1 => Ok(right.into_iter().map(|answer| (left[0].clone(), answer)).collect()),
         len if len == right.len() => Ok(left.into_iter().zip(right).collect()),
         len => {
-            let message = format!("there are {len} questions and {} answers: give one question, or as many", right.len());
+            let message =
+                format!("there are {len} questions and {} answers: give one question, or as many", right.len());
             Err(ApiError::invalid(name, message))
         }
     }
@@ -150,7 +157,7 @@ fn zip(left: Vec<String>, right: Vec<String>, name: &str, pairs_max: usize) -> A
 async fn score_pairs(
     state: &AppState,
     model: Option<String>,
-    pairs: Vec<(String, String)>,
+    pairs: Vec<Pair>,
     truncate: Truncate,
 ) -> ApiResult<Rewards> {
     let inputs = pairs.into_iter().map(|(question, answer)| pair(question, answer)).collect();

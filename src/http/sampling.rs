@@ -18,7 +18,6 @@ use crate::service::{
 
 /// Fields of every generation request. `null` means absent.
 #[derive(Debug, Clone, Default, Deserialize, ToSchema)]
-#[serde(default)]
 pub struct GenerationFields {
     /// Which model; by default the first policy served.
     pub model: Option<String>,
@@ -70,7 +69,7 @@ pub struct GenerationFields {
 
 /// Options of a stream.
 #[derive(Debug, Clone, Default, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct StreamOptions {
     /// A last chunk with the usage.
     pub include_usage: Option<bool>,
@@ -82,7 +81,7 @@ pub struct StreamOptions {
 
 /// How the best candidates are chosen.
 #[derive(Debug, Clone, Default, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct Rerank {
     /// By default `reward` where a reward model is served, else `logprob`.
     pub strategy: Option<WireStrategy>,

@@ -86,8 +86,8 @@ pub struct InfoResponse {
     pub eos_token: Option<String>,
     /// Text of the padding token; nothing is ever padded here.
     pub pad_token: Option<String>,
-    /// Source of the chat template.
-    pub chat_template: String,
+    /// Whether BOS is put in front of text.
+    pub add_bos_token: bool,
     /// Name of the chat template.
     pub template: String,
     /// Ids it can give.
@@ -157,7 +157,7 @@ pub async fn info(
         bos_token: info.bos_token,
         eos_token: info.eos_token,
         pad_token: None,
-        chat_template: info.template_source,
+        add_bos_token: info.adds_bos,
         template: info.template,
         vocab_size: info.vocab_size,
         model_max_length: info.len_max,

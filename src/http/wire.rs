@@ -446,7 +446,9 @@ mod tests {
         assert_eq!(prompts(r#"["a","b"]"#).unwrap(), [text("a"), text("b")]);
         assert_eq!(prompts("[1,2]").unwrap(), [ids(&[1, 2])]);
         assert_eq!(prompts("[[1],[2,3]]").unwrap(), [ids(&[1]), ids(&[2, 3])]);
-        for bad in ["[1,\"a\"]", "[\"a\",1]", "3", "null", "{}", "[-1]", "[4294967296]", "[1.5]", "[[[1]]]", "[[\"a\"]]"] {
+        for bad in
+            ["[1,\"a\"]", "[\"a\",1]", "3", "null", "{}", "[-1]", "[4294967296]", "[1.5]", "[[[1]]]", "[[\"a\"]]"]
+        {
             assert!(prompts(bad).is_err(), "{bad}");
         }
     }
