@@ -17,9 +17,6 @@ mod samples;
 mod storage;
 pub mod swiglu;
 
-pub mod logprobs;
-pub mod sample;
-
 use crate::error::Error;
 
 impl From<candle_core::Error> for Error {
