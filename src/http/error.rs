@@ -126,7 +126,11 @@ impl From<Error> for ApiError {
                 error
             }
             Error::Overloaded(message) => Self::new(StatusCode::TOO_MANY_REQUESTS, message),
-            Error::Unavailable(message) => Self::new(StatusCode::SERVICE_UNAVAILABLE, message),
+            Error::Unavailable(message) => {
+                // The reason may be the text of a panic.
+                tracing::warn!(error = %message, "request refused");
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "the model cannot answer now; the server's log tells more")
+            }
             Error::Checkpoint(message) | Error::Internal(message) => {
                 tracing::error!(error = %message, "request failed");
                 Self::internal()

@@ -9,7 +9,7 @@ pub enum Rule {
     /// It does not change the result: any value is accepted and ignored.
     Ignored,
     /// It would change the result: only values that leave the result alone are accepted.
-    Neutral(fn(&Value) -> bool),
+    Neutral(IsNeutral),
 }
 
 /// Accepted and ignored: they address, bill, trace, schedule or tune, and leave the answer as it is.
@@ -33,8 +33,10 @@ pub const IGNORED: &[&str] = &[
     "labels",
 ];
 
+type IsNeutral = fn(&Value) -> bool;
+
 /// Accepted with a neutral value only. `null` is always neutral.
-const NEUTRAL: &[(&str, fn(&Value) -> bool)] = &[
+const NEUTRAL: &[(&str, IsNeutral)] = &[
     ("tools", empty),
     ("functions", empty),
     ("tool_choice", |value| value == "none" || value == "auto"),

@@ -18,6 +18,9 @@ use super::{
 };
 use crate::service::score::{Rewards, ScoreRequest, Truncate};
 
+/// A question and an answer.
+type Pair = (String, String);
+
 /// Two lists of texts under one of four pairs of names; one text on the left goes with each on the right.
 #[derive(Debug, Clone, Default, Deserialize, ToSchema)]
 pub struct PairsRequest {
@@ -99,7 +102,7 @@ pub async fn score(State(state): State<AppState>, body: JsonBody) -> ApiResult<J
 }
 
 impl PairsRequest {
-    fn into_pairs(self, pairs_max: usize) -> ApiResult<(Option<String>, Vec<(String, String)>)> {
+    fn into_pairs(self, pairs_max: usize) -> ApiResult<(Option<String>, Vec<Pair>)> {
         for (name, value) in [("apply_softmax", self.apply_softmax), ("item_first", self.item_first)] {
             if value == Some(true) {
                 return Err(ApiError::unsupported(name));
@@ -136,7 +139,7 @@ fn matched(left: &str, right: &str) -> bool {
 }
 
 /// One to many, or one to one. Counted before questions are copied.
-fn zip(left: Vec<String>, right: Vec<String>, name: &str, pairs_max: usize) -> ApiResult<Vec<(String, String)>> {
+fn zip(left: Vec<String>, right: Vec<String>, name: &str, pairs_max: usize) -> ApiResult<Vec<Pair>> {
     if right.len() > pairs_max || left.len() > pairs_max {
         return Err(ApiError::invalid(name, format!("at most {pairs_max} pairs can be scored at once")));
     }
@@ -154,7 +157,7 @@ fn zip(left: Vec<String>, right: Vec<String>, name: &str, pairs_max: usize) -> A
 async fn score_pairs(
     state: &AppState,
     model: Option<String>,
-    pairs: Vec<(String, String)>,
+    pairs: Vec<Pair>,
     truncate: Truncate,
 ) -> ApiResult<Rewards> {
     let inputs = pairs.into_iter().map(|(question, answer)| pair(question, answer)).collect();
