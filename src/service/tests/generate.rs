@@ -100,6 +100,34 @@ async fn bos_stands_once_before_text_and_nothing_before_ids() {
 }
 
 #[tokio::test]
+async fn an_answer_begins_without_the_space_of_its_first_token() {
+    // A vocabulary in SentencePiece's manner, where a word carries the space before it.
+    let json = r#"{"version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": true},
+        "decoder": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": true},
+        "model": {"type": "WordLevel", "unk_token": "?", "vocab": {"?": 0, "\u2581so": 1, "</s>": 2, "\u2581it": 3}}}"#;
+    let metrics = Arc::new(Metrics::new().unwrap());
+    let mut model = Setup { replies: vec![vec![1, 3, EOS]], ..Setup::default() }.model(Kind::Policy, &metrics);
+    model.tokenizer = Arc::new(Tokenizer::from_json(json, &SpecialTokens::default()).unwrap());
+    model.template = Arc::new(ChatTemplate::from_source("plain", "{{ messages[0].content }}").unwrap());
+    let service = Service::new(vec![model], ServiceLimits::default(), metrics).unwrap();
+    let talk = Conversation::new(vec![Message::new("user", "it")]);
+    let begun = Conversation { ending: Ending::Continue, ..talk.clone() };
+    for (prompt, text) in [
+        (Prompt::Messages(talk), "so it"),
+        (Prompt::Messages(begun), " so it"),
+        (Prompt::Text("it".into()), " so it"),
+        (Prompt::Ids(vec![3]), " so it"),
+    ] {
+        assert_eq!(
+            one(&service, GenerateRequest { prompt: prompt.clone(), ..asking("") }).await.text,
+            text,
+            "{prompt:?}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn length_ends_a_candidate() {
     let service = Setup::saying(&["123456"]).service();
     let short = one(&service, GenerateRequest { max_tokens: Some(3), ..asking("1") }).await;
