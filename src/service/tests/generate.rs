@@ -1,6 +1,7 @@
 //! Generating: texts, stops, seeds, log-probabilities, cancellation, refusals.
 
 use super::*;
+use crate::engine::Event;
 use crate::service::{
     generate::{Eos, Generation, StopText},
     updates::{Candidate, FinishReason, StopReason, Update},
@@ -266,6 +267,30 @@ async fn prompt_logprobs_come_first_and_once() {
     let request = GenerateRequest { max_tokens: Some(0), prompt_logprobs: Some(0), ..asking("1") };
     let completed = service.generate(request).await.unwrap().collect().await.unwrap();
     assert_eq!((completed.prompt.len(), completed.prompt[0].logprob), (1, None));
+}
+
+#[tokio::test]
+async fn a_candidate_that_is_ahead_waits_for_the_prompt() {
+    let service = Setup::default().service();
+    let model = Arc::clone(service.policy(None).unwrap());
+    let request = GenerateRequest { n: 2, prompt_logprobs: Some(0), ..asking("1") };
+    let prepared = prompt::prepare(&model, &request.prompt, service.limits()).unwrap();
+    let (first, first_events) = tokio::sync::mpsc::channel(4);
+    let (second, second_events) = tokio::sync::mpsc::channel(4);
+    let mut generation = Generation::new(model, &request, 0, prepared, vec![Some(first_events), Some(second_events)]);
+    second.try_send(Event::Token { id: 7, logprob: None }).unwrap();
+    tokio::select! {
+        biased;
+        update = generation.next() => panic!("{update:?} came before the prompt"),
+        () = std::future::ready(()) => {}
+    }
+    first.try_send(Event::Prompt(Vec::new())).unwrap();
+    assert!(matches!(generation.next().await, Some(Ok(Update::Prompt(tokens))) if tokens.len() == 1));
+    assert!(matches!(generation.next().await, Some(Ok(Update::Delta(delta))) if delta.index == 1));
+    // An engine that goes away without a word is noticed.
+    drop(second);
+    assert!(matches!(generation.next().await, Some(Err(Error::Unavailable(_)))));
+    assert!(first.is_closed() && generation.next().await.is_none());
 }
 
 #[tokio::test]
