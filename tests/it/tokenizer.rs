@@ -278,7 +278,7 @@ fn first_stop(text: &str, stops: &[String]) -> Option<(usize, String)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn a_stream_is_the_whole_decode(ids in some_ids(), which in 0..3usize) {
