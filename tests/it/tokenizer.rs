@@ -84,6 +84,17 @@ fn conversations_render_and_encode_as_in_transformers() {
 }
 
 #[test]
+fn expressions_of_published_templates_print_what_jinja2_prints() {
+    let expected: Value = serde_json::from_str(EXPECTED).unwrap();
+    for case in expected["snippets"].as_array().unwrap() {
+        let source = case["template"].as_str().unwrap();
+        let template = ChatTemplate::from_source("snippet", source).unwrap();
+        let rendered = template.render(&[user("Hi")], &mini(), &RenderOptions::new(Ending::Complete));
+        assert_eq!(rendered.unwrap().text, case["text"].as_str().unwrap(), "{source}");
+    }
+}
+
+#[test]
 fn plain_texts_encode_and_decode_as_in_transformers() {
     let expected: Value = serde_json::from_str(EXPECTED).unwrap();
     for (name, tokenizer) in [
