@@ -312,8 +312,6 @@ impl Scheduler {
     /// Plans up to `len` tokens of `running[index]`, at the expense of others if there is no room for even one. Returns
     /// its index after that.
     fn plan_one(&mut self, mut index: usize, len: usize, draft: &mut Draft) -> usize {
-        let mark = self.running[index].table.mark();
-        let computed = self.running[index].computed;
         loop {
             let sequence = &mut self.running[index];
             reuse(&mut self.pool, sequence);
@@ -323,18 +321,9 @@ impl Scheduler {
                 draft.push(&mut self.pool, sequence, len);
                 return index;
             }
-            // What was reused took the last free blocks, and replaced no partial block, which would be free now.
-            if sequence.computed > computed {
-                self.pool.undo_reuse(&mut sequence.table, mark);
-                sequence.computed = computed;
-            }
-            match self.victim(index) {
-                Some(victim) => {
-                    self.preempt(victim, draft);
-                    index -= usize::from(victim < index);
-                }
-                None => return index,
-            }
+            let Some(victim) = self.victim(index) else { return index };
+            self.preempt(victim, draft);
+            index -= usize::from(victim < index);
         }
     }
 
@@ -381,11 +370,10 @@ impl Scheduler {
     /// Adopts what `waiting[index]` can reuse and says whether the rest fits; if not, nothing is adopted.
     fn has_room_for(&mut self, index: usize, reserved: usize) -> bool {
         let sequence = &mut self.waiting[index];
-        let mark = sequence.table.mark();
         reuse(&mut self.pool, sequence);
         let fits = outstanding(&self.pool, sequence) + reserved <= self.pool.free_count();
         if !fits {
-            self.pool.undo_reuse(&mut sequence.table, mark);
+            self.pool.release(&mut sequence.table);
             sequence.computed = 0;
         }
         fits
