@@ -9,8 +9,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::blocks::BlockPool;
+use super::limits::Limits;
 use super::request::{Event, Request};
-use super::scheduler::{Limits, Scheduler};
+use super::scheduler::Scheduler;
 use super::step::Executor;
 use super::telemetry::Telemetry;
 use crate::error::{Error, Result};
