@@ -39,8 +39,9 @@ pub struct HubOptions {
 }
 
 impl HubOptions {
-    /// Reads the variables that Hugging Face's tools read: `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_ENDPOINT`,
-    /// `HF_HUB_CACHE`, `HF_HOME` and `XDG_CACHE_HOME`; without a token variable, the token that a login left behind.
+    /// Reads the variables that Hugging Face's tools read: `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_TOKEN_PATH`,
+    /// `HF_ENDPOINT`, `HF_HUB_CACHE`, `HF_HOME` and `XDG_CACHE_HOME`; without a token variable, the token that a login
+    /// left behind.
     pub fn from_env() -> Self {
         Self::from_variables(&|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
     }
@@ -61,6 +62,13 @@ impl HubOptions {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             cache: path("HF_HUB_CACHE").unwrap_or_else(|| home.join("hub")),
         }
+    }
+}
+
+impl Default for HubOptions {
+    /// As [`HubOptions::from_env`].
+    fn default() -> Self {
+        Self::from_env()
     }
 }
 
@@ -275,8 +283,8 @@ fn hub_error(repository: &Repository, what: &str, error: &ApiError) -> Error {
     let id = &repository.id;
     match status(error) {
         Some(401 | 403) => Error::NotFound(format!(
-            "{id} ({what}): the hub refuses it: it is private, gated or does not exist. Set HF_TOKEN to a token that may \
-             read it"
+            "{id} ({what}): the hub refuses it: it is private, gated or does not exist. Set HF_TOKEN to a token that \
+             may read it"
         )),
         Some(404) => Error::NotFound(format!("{id} ({what}): the hub has no such repository, revision or file")),
         Some(429) => Error::Unavailable(format!("{id} ({what}): the hub asks to slow down; try later or set HF_TOKEN")),

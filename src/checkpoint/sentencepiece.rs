@@ -1,5 +1,6 @@
-//! SentencePiece models (tokenizer.model) rewritten as tokenizer.json, so that the `tokenizers` crate gives the ids that
-//! SentencePiece itself gives. Only BPE models; what cannot be expressed and would change an id is refused, but for the rarities listed below.
+//! SentencePiece models (tokenizer.model) rewritten as tokenizer.json, so that the `tokenizers` crate gives the ids
+//! that SentencePiece itself gives. Only BPE models; what cannot be expressed and would change an id is refused, but
+//! for the rarities that `to_tokenizer_json` lists.
 
 use serde_json::{Value, json};
 

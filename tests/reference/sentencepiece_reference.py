@@ -35,7 +35,7 @@ PRESETS = {
                     remove_extra_whitespaces=True, character_coverage=0.99, user_defined_symbols=["<sep>", "[INST]", "aab", "1"],
                     control_symbols=["<ctl>"], pad_id=3),
     # A character map of its own.
-    "rules": dict(vocab_size=480, byte_fallback=True, add_dummy_prefix=True, remove_extra_whitespaces=True),
+    "rules": dict(vocab_size=480, byte_fallback=True, add_dummy_prefix=True, remove_extra_whitespaces=False),
 }
 
 ODD = ["<s>", "</s>", "<unk>", "<0x0A>", "▁", "▁▁", "\n", "\r\n", "\t", "[INST]", "[/INST]", "<sep>", "<ctl>", "aab", "aaab",

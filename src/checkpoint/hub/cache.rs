@@ -1,5 +1,5 @@
-//! The layout of Hugging Face's cache: `models--org--name/` holds `blobs/ETAG` (contents), `snapshots/COMMIT/FILE` (links
-//! to blobs) and `refs/REVISION` (the commit that a branch or tag was seen at).
+//! The layout of Hugging Face's cache: `models--org--name/` holds `blobs/ETAG` (contents), `snapshots/COMMIT/FILE`
+//! (links to blobs) and `refs/REVISION` (the commit that a branch or tag was seen at).
 
 use std::path::{Path, PathBuf};
 

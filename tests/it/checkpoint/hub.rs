@@ -31,6 +31,8 @@ struct State {
     gated: bool,
     /// Sent for every file in place of a sound one.
     etag: Option<String>,
+    /// The commit that files are said to be of, in place of the true one.
+    commit: Option<String>,
     requests: Vec<String>,
 }
 
@@ -134,7 +136,7 @@ fn answer(stream: &TcpStream, state: &mut State) -> std::io::Result<()> {
     let etag = state.etag.clone().unwrap_or_else(|| format!("{:x}-{file}", content.len()).replace('.', "_"));
     let headers = [
         format!("ETag: \"{etag}\""),
-        format!("X-Repo-Commit: {commit}"),
+        format!("X-Repo-Commit: {}", state.commit.as_ref().unwrap_or(&commit)),
         format!("Content-Range: bytes {start}-{}/{}", end - 1, content.len()),
     ];
     let breaks = state.breaks.as_deref() == Some(file) && end - start > 1;
@@ -309,6 +311,11 @@ fn tags_and_commits_cannot_name_files_outside_the_cache() {
     }
     hub.change(|state| {
         state.etag = None;
+        state.commit = Some("../../../outside".to_owned());
+    });
+    assert!(matches!(open(&hub.options()), Err(Error::Unavailable(_))));
+    hub.change(|state| {
+        state.commit = None;
         state.revisions.insert("main".to_owned(), "../../../outside".to_owned());
     });
     assert!(matches!(open(&hub.options()), Err(Error::Unavailable(_))));
