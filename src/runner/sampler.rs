@@ -16,12 +16,8 @@ use crate::ops::sample::{Filters, pick, uniform};
 /// [`Error::Internal`] if the logits are no distribution; [`Error::Invalid`] if a parameter is out of range.
 pub(super) fn draw(logits: &[f32], draw: &Draw) -> Result<(TokenId, Option<TokenLogProb>)> {
     let params = draw.params.as_ref();
-    let filters = Filters {
-        temperature: params.temperature,
-        top_k: params.top_k,
-        top_p: params.top_p,
-        min_p: params.min_p,
-    };
+    let filters =
+        Filters { temperature: params.temperature, top_k: params.top_k, top_p: params.top_p, min_p: params.min_p };
     let token = pick(&adjusted(logits, draw)?, &filters, uniform(params.seed, draw.position as u64))?;
     let logprob = params.logprobs.map(|top| logprob(logits, token, top)).transpose()?;
     Ok((token, logprob))
@@ -73,8 +69,7 @@ fn penalise(row: &mut [f32], params: &SamplingParams, draw: &Draw) {
     for (token, count) in counts {
         let Some(logit) = row.get_mut(token as usize) else { continue };
         // Dividing a negative logit would make the token more probable.
-        *logit =
-            if *logit > 0.0 { *logit / params.repetition_penalty } else { *logit * params.repetition_penalty };
+        *logit = if *logit > 0.0 { *logit / params.repetition_penalty } else { *logit * params.repetition_penalty };
         if count > 0 {
             *logit -= params.presence_penalty + params.frequency_penalty * count as f32;
         }
@@ -136,8 +131,7 @@ mod tests {
         check(&[4.0, -4.0, 1.0, 3.0], &drawing(params, 2, &history, 3), &[4.0, -4.0, 0.5, 3.0]);
         let params = SamplingParams { frequency_penalty: 0.5, ..SamplingParams::default() };
         check(&[4.0, -4.0, 1.0, 3.0], &drawing(params, 2, &history, 3), &[4.0, -4.0, 0.0, 3.0]);
-        let params =
-            SamplingParams { repetition_penalty: 2.0, frequency_penalty: 0.25, ..SamplingParams::default() };
+        let params = SamplingParams { repetition_penalty: 2.0, frequency_penalty: 0.25, ..SamplingParams::default() };
         check(&[4.0, -4.0, 1.0, 3.0], &drawing(params, 2, &history, 3), &[2.0, -8.0, 0.0, 1.5]);
     }
 

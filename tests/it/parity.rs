@@ -267,11 +267,8 @@ fn packed(model: &Model, prompts: &[Vec<TokenId>]) -> Tensor {
         Some(*end)
     }));
     let positions: Vec<u32> = prompts.iter().flat_map(|prompt| 0..prompt.len() as u32).collect();
-    let packed = Packed {
-        starts,
-        window: model.config.window,
-        scale: (1.0 / (model.config.head_dim as f64).sqrt()) as f32,
-    };
+    let packed =
+        Packed { starts, window: model.config.window, scale: (1.0 / (model.config.head_dim as f64).sqrt()) as f32 };
     let tokens = Tensor::new(prompts.concat(), &Device::Cpu).unwrap();
     model.decoder.forward(&tokens, &Tensor::new(positions, &Device::Cpu).unwrap(), &packed).unwrap()
 }

@@ -83,10 +83,10 @@ fn params(random: &mut Random) -> SamplingParams {
     let mut params = SamplingParams {
         temperature: random.pick(&[0.0, 0.0, 0.7, 1.0, 1.5]),
         seed: random.next(),
-        max_tokens: random.within(1, 40),
+        max_tokens: random.within(1, 24),
         stop_token_ids: vec![2, random.within(3, 511) as TokenId],
         logprobs: random.pick(&[None, Some(0), Some(3)]),
-        prompt_logprobs: random.pick(&[None, None, None, Some(0), Some(2)]),
+        prompt_logprobs: random.pick(&[None, None, None, None, Some(0), Some(2)]),
         ..SamplingParams::default()
     };
     if random.one_in(3) {
@@ -106,13 +106,13 @@ fn params(random: &mut Random) -> SamplingParams {
 
 fn mix(kind: Kind, random: &mut Random) -> Mix {
     let shared = random.tokens(300);
-    let count = random.within(2, 8);
+    let count = random.within(2, 7);
     let asks: Vec<Ask> = (0..count)
         .map(|_| {
             // Mostly short, sometimes long.
-            let most = random.pick(&[20, 60, 60, 60, 300]);
+            let most = random.pick(&[10, 40, 40, 40, 40, 60, 60, 300]);
             let len = random.within(1, most);
-            let shared_len = if random.one_in(2) { random.within(len / 2, len) } else { 0 };
+            let shared_len = if random.one_in(3) { 0 } else { random.within(len / 2, len) };
             let mut prompt = shared[..shared_len].to_vec();
             prompt.extend(random.tokens(len - shared_len));
             let task = match kind {
@@ -125,9 +125,9 @@ fn mix(kind: Kind, random: &mut Random) -> Mix {
         })
         .collect();
     let block_size = random.pick(&BLOCK_SIZES);
-    let needed = asks.iter().map(|ask| (ask.prompt.len() + 40).div_ceil(block_size)).max().unwrap();
+    let needed = asks.iter().map(|ask| (ask.prompt.len() + 24).div_ceil(block_size)).max().unwrap();
     let limits = Limits {
-        step_tokens: random.pick(&[1, 7, 16, 33, 64, 512]),
+        step_tokens: random.pick(&[2, 7, 16, 33, 64, 512]),
         running_max: random.within(1, 8),
         waiting_max: 100,
         len_max: LEN_MAX,
@@ -221,11 +221,11 @@ fn check(preset: &str, kind: Kind) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/serve").join(preset);
     let model = || load_longer(&folder, LEN_MAX);
     let mut reference = runner(model(), 40, 16);
-    let mut runners = BLOCK_SIZES.map(|block_size| runner(model(), (LEN_MAX + 40) / block_size + 201, block_size));
+    let mut runners = BLOCK_SIZES.map(|block_size| runner(model(), (LEN_MAX + 24) / block_size + 201, block_size));
     let mut total = Counters::default();
     let mut whole = 0;
     for number in 0..MIXES {
-        let mut random = Random(number << 32 | preset.len() as u64);
+        let mut random = Random((number << 32) + preset.bytes().map(u64::from).sum::<u64>());
         let mix = mix(kind, &mut random);
         let index = BLOCK_SIZES.iter().position(|&size| size == mix.block_size).unwrap();
         let (found, counters) = run(&mut runners[index], &mix);
@@ -244,7 +244,7 @@ fn check(preset: &str, kind: Kind) {
     }
     eprintln!("{preset}: {whole} whole answers, {total:?}");
     // The mixes are worth nothing if they run undisturbed.
-    assert!(total.prefix_hits > 500 && total.cancelled > 10, "{total:?}");
+    assert!(total.prefix_hits > 400 && total.cancelled > 10, "{total:?}");
     assert!(kind == Kind::Reward || total.preemptions > 10, "{total:?}");
 }
 
