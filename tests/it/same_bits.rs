@@ -37,8 +37,8 @@ impl Random {
         low + (self.next() % (high - low + 1) as u64) as usize
     }
 
-    fn one_in(&mut self, n: u64) -> bool {
-        self.next() % n == 0
+    fn one_in(&mut self, n: usize) -> bool {
+        self.within(1, n) == 1
     }
 
     fn pick<T: Copy>(&mut self, options: &[T]) -> T {
