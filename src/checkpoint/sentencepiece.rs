@@ -1,5 +1,6 @@
-//! SentencePiece models (tokenizer.model) rewritten as tokenizer.json, so that the `tokenizers` crate gives the ids that
-//! SentencePiece itself gives. Only BPE models; everything that would change an id and cannot be expressed is refused.
+//! SentencePiece models (tokenizer.model) rewritten as tokenizer.json, so that the `tokenizers` crate gives the ids
+//! that SentencePiece itself gives. Only BPE models; what cannot be expressed and would change an id is refused, but
+//! for the rarities that `to_tokenizer_json` lists.
 
 use serde_json::{Value, json};
 
@@ -19,10 +20,10 @@ const LEADING_SPACES_MAX: usize = 1 << 16;
 
 /// Rewrites a SentencePiece BPE model.
 ///
-/// Known to differ from SentencePiece: a text that is exactly one user-defined symbol gets no dummy prefix; the
-/// NFKC character maps are applied grapheme by grapheme, so letters with combining marks that do not compose come out
-/// otherwise, and a text of nothing but dropped characters gets no dummy prefix; decoding shows the unknown token as
-/// its text.
+/// Known to differ from SentencePiece: a text that is exactly one user-defined symbol gets no dummy prefix. Character
+/// maps (not identity ones, which Mistral's and Llama's models have) are applied grapheme by grapheme, so replaced
+/// characters with combining marks and keys of several letters come out otherwise, and a text of nothing but dropped
+/// characters gets no dummy prefix. Decoding shows the unknown token by its name.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] for a damaged model, [`Error::Unsupported`] for a sound one of another kind.

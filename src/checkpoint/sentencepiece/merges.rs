@@ -27,7 +27,8 @@ pub(super) fn merges<'a>(pieces: &[Piece<'a>]) -> Result<Vec<[&'a str; 2]>> {
     }
     if lost > 0 {
         return Err(Error::Unsupported(format!(
-            "tokenizer.model: {lost} pieces are made of characters that are no pieces themselves; supply a tokenizer.json"
+            "tokenizer.model: {lost} pieces are made of characters that are no pieces themselves; \
+             supply a tokenizer.json"
         )));
     }
     // Stable: pieces of one score stay in the order of their ids.
