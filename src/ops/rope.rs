@@ -21,13 +21,19 @@ impl RopeTable {
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err(Error::Unsupported(format!("rotary embedding with head_dim {head_dim}, which is not even")));
         }
-        let half = head_dim / 2;
         let frequency = |i: usize| 1.0 / (theta as f32).powf(2.0 * i as f32 / head_dim as f32);
-        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
+        let frequencies: Vec<f32> = (0..head_dim / 2).map(frequency).collect();
+        Self::with_frequencies(&frequencies, positions_max, device)
+    }
+
+    /// The table for other frequencies, `[head_dim / 2]` in radians for each position.
+    pub fn with_frequencies(frequencies: &[f32], positions_max: usize, device: &Device) -> Result<Self> {
+        let half = frequencies.len();
+        let head_dim = 2 * half;
         let mut table = vec![0.0; positions_max * head_dim];
         for_each_chunk(&mut table, head_dim, |position, row| {
             let (cos, sin) = row.split_at_mut(half);
-            for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(&frequencies) {
+            for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(frequencies) {
                 let angle = f64::from(position as f32 * frequency);
                 *cos = angle.cos() as f32;
                 *sin = angle.sin() as f32;
