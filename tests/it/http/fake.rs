@@ -7,7 +7,8 @@ use std::{
 
 use eurus::{
     engine::{
-        BlockId, Chunk, Engine, Executor, Last, Limits, Outcome, Rows, StepOutput, StepPlan, TokenId, TokenLogProb, Want,
+        BlockId, Chunk, Engine, Executor, Last, Limits, Outcome, Rows, StepOutput, StepPlan, TokenId, TokenLogProb,
+        Want,
     },
     error::{Error, Result},
     metrics::Metrics,
@@ -79,12 +80,8 @@ impl Setup {
     }
 
     fn model(&self, name: &str, kind: Kind, metrics: &Metrics) -> ServedModel {
-        let limits = Limits {
-            step_tokens: 64,
-            running_max: self.running_max,
-            waiting_max: self.waiting_max,
-            len_max: LEN_MAX,
-        };
+        let limits =
+            Limits { step_tokens: 64, running_max: self.running_max, waiting_max: self.waiting_max, len_max: LEN_MAX };
         let tokenizer = tokenizer();
         let replies = self.replies.iter().map(|(seed, text)| (*seed, [ids(text), vec![EOS]].concat())).collect();
         let slots = vec![0; BLOCK_COUNT * BLOCK_SIZE];
@@ -109,8 +106,12 @@ impl Setup {
 
 pub(super) fn tokenizer() -> Arc<Tokenizer> {
     let json = include_str!("../../../models/eurus-mini/policy/tokenizer.json");
-    let special =
-        SpecialTokens { bos: Some("<s>".into()), eos: Some("</s>".into()), unk: Some("<unk>".into()), add_bos: Some(true) };
+    let special = SpecialTokens {
+        bos: Some("<s>".into()),
+        eos: Some("</s>".into()),
+        unk: Some("<unk>".into()),
+        add_bos: Some(true),
+    };
     Arc::new(Tokenizer::from_json(json, &special).unwrap())
 }
 

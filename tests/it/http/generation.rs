@@ -137,7 +137,10 @@ async fn what_stopped_a_choice_is_told() {
     let kept = server.ok(CHAT, chat(json!({"stop": " is", "include_stop_str_in_output": true}))).await;
     assert_eq!(kept["choices"][0]["message"]["content"], "the sum is");
     let limited = server.ok(CHAT, chat(json!({"max_tokens": 9, "max_completion_tokens": 2}))).await;
-    assert_eq!((&limited["choices"][0]["finish_reason"], &limited["usage"]["completion_tokens"]), (&json!("length"), &json!(2)));
+    assert_eq!(
+        (&limited["choices"][0]["finish_reason"], &limited["usage"]["completion_tokens"]),
+        (&json!("length"), &json!(2))
+    );
 }
 
 #[tokio::test]
@@ -192,7 +195,8 @@ async fn a_completions_stream_says_the_same() {
         assert_eq!(streamed(&chunks, index, "/text"), choice["text"].as_str().unwrap());
         for list in ["token_logprobs", "text_offset", "tokens", "top_logprobs"] {
             let pieces = chunks.iter().flat_map(|chunk| chunk["choices"].as_array().unwrap());
-            let lists = pieces.filter(|piece| piece["index"] == index).filter_map(|piece| piece["logprobs"][list].as_array());
+            let lists =
+                pieces.filter(|piece| piece["index"] == index).filter_map(|piece| piece["logprobs"][list].as_array());
             assert_eq!(json!(lists.flatten().collect::<Vec<_>>()), choice["logprobs"][list], "{list}");
         }
     }

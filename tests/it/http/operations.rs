@@ -82,7 +82,9 @@ async fn what_is_not_there_has_the_same_envelope() {
     reply.check_error(405, "invalid_request_error");
     assert_eq!(reply.headers[header::ALLOW], "POST");
     server.post("/v1/models", &json!({})).await.check_error(405, "invalid_request_error");
-    for id in ["none", "..%2f..%2fetc%2fpasswd", "../../etc/passwd", "%2e%2e/mini", "a%00b", "/org/mini", "%ff%fe", "hf://x"] {
+    for id in
+        ["none", "..%2f..%2fetc%2fpasswd", "../../etc/passwd", "%2e%2e/mini", "a%00b", "/org/mini", "%ff%fe", "hf://x"]
+    {
         let reply = server.get(&format!("/v1/models/{id}")).await;
         reply.check_error(404, "not_found_error");
         assert_eq!(reply.json()["error"]["code"], "model_not_found", "{id}");

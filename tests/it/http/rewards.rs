@@ -40,8 +40,11 @@ async fn three_inputs_give_one_reward() {
     }
     let text = server.ok("/v1/rewards", json!({"input": rendered, "append_eos": false})).await;
     let want = ids(&format!("<s>{rendered}"));
-    assert_eq!(text["data"][0], json!({"object": "reward", "index": 0, "reward": shown(reward(&want)), "tokens": want.len(),
-        "last_token_id": want.last(), "truncated": false}));
+    assert_eq!(
+        text["data"][0],
+        json!({"object": "reward", "index": 0, "reward": shown(reward(&want)), "tokens": want.len(),
+        "last_token_id": want.last(), "truncated": false})
+    );
     let tokens = server.ok("/v1/rewards", json!({"input": [want], "append_eos": false, "return": "all"})).await;
     let all: Vec<Value> = (1..=want.len()).map(|end| shown(reward(&want[..end]))).collect();
     assert_eq!(tokens["data"][0]["rewards"], json!(all));
@@ -88,7 +91,10 @@ async fn vllm_and_sglang_shapes() {
     let server = server();
     let conversation = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
     let answer = server.ok("/classify", json!({"messages": conversation, "model": "mini-rm"})).await;
-    assert_eq!(answer["data"], json!([{"index": 0, "label": "reward", "probs": [answered("a", "b")], "num_classes": 1}]));
+    assert_eq!(
+        answer["data"],
+        json!([{"index": 0, "label": "reward", "probs": [answered("a", "b")], "num_classes": 1}])
+    );
     let squashed = server.ok("/v1/classify", json!({"messages": conversation, "use_activation": true})).await;
     assert_eq!(squashed["data"][0]["probs"][0], shown(1.0 / (1.0 + (-raw("a", "b")).exp())));
     let pooled = server.ok("/pooling", json!({"input": ["a", "b"], "encoding_format": "float"})).await;
@@ -131,12 +137,14 @@ async fn rerank_shapes() {
     let mut order: Vec<(usize, f32)> = documents.iter().map(|answer| raw("q", answer)).enumerate().collect();
     order.sort_by(|left, right| right.1.total_cmp(&left.1));
     for path in ["/rerank", "/v1/rerank", "/v2/rerank"] {
-        let body = json!({"query": "q", "documents": ["a", {"text": "b"}, "c"], "top_n": 2, "truncate_prompt_tokens": -1});
+        let body =
+            json!({"query": "q", "documents": ["a", {"text": "b"}, "c"], "top_n": 2, "truncate_prompt_tokens": -1});
         let answer = server.ok(path, body).await;
         let results = answer["results"].as_array().unwrap();
         assert_eq!(results.len(), 2);
         for (result, (index, score)) in results.iter().zip(&order) {
-            let want = json!({"index": index, "document": {"text": documents[*index]}, "relevance_score": shown(*score)});
+            let want =
+                json!({"index": index, "document": {"text": documents[*index]}, "relevance_score": shown(*score)});
             assert_eq!(*result, want);
         }
         assert!(answer["usage"]["total_tokens"].is_u64() && answer["id"].is_string());

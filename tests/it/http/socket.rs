@@ -95,7 +95,7 @@ async fn connections_are_kept_and_slow_heads_are_not() {
 async fn heads_have_bounds() {
     let listening = Listening::start(&Setup::default(), ListenOptions::default());
     for lines in ["x: y\r\n".repeat(65), format!("x: {}\r\n", "y".repeat(40_000))] {
-        let mut stream = listening.connect(&format!("GET /health HTTP/1.1\r\nhost: a\r\n{lines}\r\n")).await;
+        let mut stream = listening.connect(&format!("GET /health HTTP/1.1\r\nconnection: close\r\n{lines}\r\n")).await;
         let answer = rest(&mut stream).await;
         assert!(answer.starts_with("HTTP/1.1 431"), "{} bytes: {answer}", lines.len());
     }
@@ -118,7 +118,8 @@ async fn a_client_that_leaves_frees_its_blocks() {
     let gate = Gate::after(3);
     let setup = Setup { gate: gate.clone(), ..Setup::default() };
     let listening = Listening::start(&setup, ListenOptions::default());
-    for fields in [r#""stream":true,"max_tokens":200"#, r#""n":8,"max_tokens":200"#, r#""best_of":4,"max_tokens":200"#] {
+    for fields in [r#""stream":true,"max_tokens":200"#, r#""n":8,"max_tokens":200"#, r#""best_of":4,"max_tokens":200"#]
+    {
         let stream = listening.complete(fields).await;
         listening.busy().await;
         drop(stream);
@@ -129,8 +130,7 @@ async fn a_client_that_leaves_frees_its_blocks() {
 
 #[tokio::test]
 async fn a_client_that_stops_reading_is_dropped() {
-    let options =
-        ListenOptions { write_stall_timeout: SOON, send_buffer_bytes: 4096, ..ListenOptions::default() };
+    let options = ListenOptions { write_stall_timeout: SOON, send_buffer_bytes: 4096, ..ListenOptions::default() };
     let listening = Listening::start(&Setup::default(), options);
     // The answers do not fit into the socket buffers of both ends.
     let fields = r#""stream":true,"max_tokens":250,"n":64,"logprobs":20"#;
