@@ -78,7 +78,10 @@ pub(super) fn open(kind: Kind, config: &Config) -> Result<Checkpoint> {
         Kind::Policy => (&config.model, &config.hub.revision),
         Kind::Reward => (&config.reward_model, &config.hub.reward_revision),
     };
-    open_source(source, &HubOptions { revision: revision.clone() })
+    let mut options = HubOptions::from_env();
+    options.revision.clone_from(revision);
+    options.offline |= config.hub.offline;
+    open_source(source, &options)
 }
 
 fn open_source(source: &str, options: &HubOptions) -> Result<Checkpoint> {
@@ -145,7 +148,7 @@ fn load_model(checkpoint: &Checkpoint, device: &Device) -> Result<Model> {
 /// # Errors
 /// A checkpoint that cannot be had or is damaged.
 pub fn model(source: &str) -> Result<Model> {
-    load_model(&open_source(source, &HubOptions::default())?, &device::open())
+    load_model(&open_source(source, &HubOptions::from_env())?, &device::open())
 }
 
 /// Runs a stage of the start and records how long it took.

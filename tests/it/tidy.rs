@@ -31,7 +31,12 @@ fn files(folder: &str, endings: &[&str]) -> Vec<String> {
         for entry in entries {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_str().unwrap().to_string();
-            if path.is_symlink() || name == ".git" || name == "target" || name == "__pycache__" || name.starts_with(".venv") {
+            if path.is_symlink()
+                || name == ".git"
+                || name == "target"
+                || name == "__pycache__"
+                || name.starts_with(".venv")
+            {
                 continue;
             } else if path.is_dir() {
                 folders.push(path);
@@ -56,9 +61,12 @@ fn none(problems: Vec<String>) {
 
 #[test]
 fn no_file_is_too_long() {
-    let files = ["src", "tests", "benches", "kernels"].iter().flat_map(|folder| files(folder, &[".rs", ".cu", ".cuh", ".py"]));
+    let files =
+        ["src", "tests", "benches", "kernels"].iter().flat_map(|folder| files(folder, &[".rs", ".cu", ".cuh", ".py"]));
     let lengths = files.map(|path| (read(&path).lines().count(), path));
-    none(lengths.filter(|(count, _)| *count > LINES_MAX).map(|(count, path)| format!("{path}: {count} lines")).collect());
+    none(
+        lengths.filter(|(count, _)| *count > LINES_MAX).map(|(count, path)| format!("{path}: {count} lines")).collect(),
+    );
 }
 
 #[test]
@@ -67,7 +75,9 @@ fn every_source_says_what_it_owns() {
         let text = read(&path);
         let count = text.lines().take_while(|line| line.starts_with("//!")).count();
         // A list of lints may stand below.
-        ((1..=8).contains(&count)).then_some(()).map_or(Some(format!("{path}: opens with {count} lines of //!")), |()| None)
+        ((1..=8).contains(&count))
+            .then_some(())
+            .map_or(Some(format!("{path}: opens with {count} lines of //!")), |()| None)
     });
     none(problems.collect());
 }
@@ -90,7 +100,8 @@ fn tests_do_not_wait_for_time_to_pass() {
 fn devices_are_named_in_their_places_only() {
     let word = concat!("cu", "da");
     let allowed = |path: &str| path.starts_with("src/ops/") || path == "src/device.rs";
-    let hits = files("src", &[".rs"]).into_iter().filter(|path| !allowed(path) && read(path).to_lowercase().contains(word));
+    let hits =
+        files("src", &[".rs"]).into_iter().filter(|path| !allowed(path) && read(path).to_lowercase().contains(word));
     none(hits.map(|path| format!("{path} names a device")).collect());
 }
 
@@ -100,7 +111,8 @@ fn nothing_points_out_of_the_repository() {
     let mut problems = Vec::new();
     for path in files(".", &[]) {
         let Ok(text) = fs::read_to_string(root().join(&path)) else { continue };
-        problems.extend(words.iter().filter(|word| text.contains(**word)).map(|word| format!("{path} mentions {word}")));
+        problems
+            .extend(words.iter().filter(|word| text.contains(**word)).map(|word| format!("{path} mentions {word}")));
     }
     none(problems);
 }
@@ -126,7 +138,8 @@ fn fixtures_are_the_committed_ones() {
         text.lines().filter_map(|line| line.split_once("  ")).map(|(hash, path)| (path.into(), hash.into())).collect();
     let changed = listed.iter().filter(|(path, hash)| found.get(*path) != Some(*hash));
     let mut problems: Vec<String> = changed.map(|(path, _)| format!("{path} is missing or has changed")).collect();
-    problems.extend(found.keys().filter(|path| !listed.contains_key(*path)).map(|path| format!("{path} is not listed")));
+    problems
+        .extend(found.keys().filter(|path| !listed.contains_key(*path)).map(|path| format!("{path} is not listed")));
     none(problems);
 }
 
@@ -170,11 +183,17 @@ fn the_default_settings_file_shows_every_key_in_its_section() {
 #[test]
 fn scripts_can_be_run() {
     use std::os::unix::fs::PermissionsExt;
-    let scripts: Vec<PathBuf> = files("examples", &[".sh"]).into_iter().chain(files(".ci", &[])).map(|path| root().join(path)).collect();
+    let scripts: Vec<PathBuf> =
+        files("examples", &[".sh"]).into_iter().chain(files(".ci", &[])).map(|path| root().join(path)).collect();
     assert!(scripts.len() >= 5, "{scripts:?}");
     for path in scripts {
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.contains("\nset -euo pipefail\n"), "{} goes on after a failure", path.display());
-        assert_ne!(fs::metadata(&path).unwrap().permissions().mode() & 0o111, 0, "{} is not executable", path.display());
+        assert_ne!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o111,
+            0,
+            "{} is not executable",
+            path.display()
+        );
     }
 }

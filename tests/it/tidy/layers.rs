@@ -21,10 +21,23 @@ const fn layer(name: &'static str, uses: &'static [&'static str], without: &'sta
 const WEB: &[&str] = &["axum", "hyper", "tower", "tower_http", "reqwest", "utoipa"];
 const CANDLE: &[&str] = &["candle_core", "candle_nn", "candle_transformers"];
 const NO_TENSORS: &[&str] = &["candle_core", "candle_nn", "candle_transformers", "safetensors", "half", "hf_hub"];
-const NO_TENSORS_NO_WEB: &[&str] = &["candle_core", "candle_nn", "safetensors", "half", "hf_hub", "axum", "hyper", "tower", "reqwest", "utoipa"];
-const PURE: &[&str] =
-    &["candle_core", "candle_nn", "safetensors", "half", "hf_hub", "axum", "hyper", "tower", "reqwest", "tokenizers", "minijinja"];
-const NO_TENSORS_NO_TEXT: &[&str] = &["candle_core", "candle_nn", "safetensors", "half", "hf_hub", "tokenizers", "minijinja"];
+const NO_TENSORS_NO_WEB: &[&str] =
+    &["candle_core", "candle_nn", "safetensors", "half", "hf_hub", "axum", "hyper", "tower", "reqwest", "utoipa"];
+const PURE: &[&str] = &[
+    "candle_core",
+    "candle_nn",
+    "safetensors",
+    "half",
+    "hf_hub",
+    "axum",
+    "hyper",
+    "tower",
+    "reqwest",
+    "tokenizers",
+    "minijinja",
+];
+const NO_TENSORS_NO_TEXT: &[&str] =
+    &["candle_core", "candle_nn", "safetensors", "half", "hf_hub", "tokenizers", "minijinja"];
 const NO_WEB_NO_TEXT: &[&str] = &["axum", "hyper", "tower", "reqwest", "utoipa", "tokenizers", "minijinja"];
 
 /// Modules that may use everything: they compose.
