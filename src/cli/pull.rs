@@ -24,7 +24,7 @@ pub(super) fn run(args: &PullArgs) -> Result<()> {
     for model in &args.models {
         let source = Source::parse(model)?;
         let mut line = ProgressLine::start();
-        let checkpoint = crate::checkpoint::open(&source, &HubOptions::default(), &mut |progress| line.show(progress));
+        let checkpoint = crate::checkpoint::open(&source, &HubOptions::from_env(), &mut |progress| line.show(progress));
         line.end();
         let checkpoint = checkpoint?;
         let bytes: u64 = checkpoint.headers().iter().map(|tensor| tensor.bytes).sum();

@@ -78,9 +78,10 @@ pub(super) fn open(kind: Kind, config: &Config) -> Result<Checkpoint> {
         Kind::Policy => (&config.model, &config.hub.revision),
         Kind::Reward => (&config.reward_model, &config.hub.reward_revision),
     };
-    let environment = HubOptions::from_env();
-    let offline = environment.offline || config.hub.offline;
-    open_source(source, &HubOptions { revision: revision.clone(), offline, ..environment })
+    let mut options = HubOptions::from_env();
+    options.revision.clone_from(revision);
+    options.offline |= config.hub.offline;
+    open_source(source, &options)
 }
 
 fn open_source(source: &str, options: &HubOptions) -> Result<Checkpoint> {
