@@ -7,17 +7,18 @@ use serde_json::Value;
 
 use crate::config::Config;
 
-/// Shows variable and default of the setting behind each flag in the flag's help. The variables themselves are left to
-/// [`Config::load`], which reads them whether or not they have a flag; only that of the settings file stays here.
+/// Shows variable and default of the setting behind each flag in the flag's help. The variables of settings are left to
+/// [`Config::load`], which reads them whether or not they have a flag; clap reads the others.
 pub(super) fn for_parsing(command: Command) -> Command {
     let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_string()).collect();
-    names.into_iter().fold(command, |command, name| {
-        command.mut_subcommand(name, |sub| sub.mut_args(|arg| if is_setting(&arg) { explained(arg) } else { arg }))
-    })
+    let command = command.mut_args(|arg| if setting(&arg).is_some() { explained(arg) } else { arg });
+    names.into_iter().fold(command, |command, name| command.mut_subcommand(name, for_parsing))
 }
 
-fn is_setting(arg: &Arg) -> bool {
-    arg.get_env().is_some_and(|name| name != "EURUS_CONFIG")
+/// The default of the setting that the flag's variable names, null for none; None where it names no setting.
+fn setting(arg: &Arg) -> Option<Value> {
+    let key = arg.get_env()?.to_str()?.strip_prefix("EURUS_")?.to_lowercase().replace("__", "/");
+    serde_json::to_value(Config::default()).ok()?.pointer(&format!("/{key}")).cloned()
 }
 
 fn explained(arg: Arg) -> Arg {
@@ -67,13 +68,11 @@ fn clap_default(arg: &Arg) -> Option<String> {
     arg.get_default_values().first().and_then(|value| value.to_str()).map(String::from)
 }
 
-/// The default of the setting that the flag's variable names, where it has one.
+/// The default of the setting behind the flag, where there is one.
 fn default_of(arg: &Arg) -> Option<String> {
-    let key = arg.get_env()?.to_str()?.strip_prefix("EURUS_")?.to_lowercase().replace("__", "/");
-    let defaults = serde_json::to_value(Config::default()).ok()?;
-    match defaults.pointer(&format!("/{key}"))? {
+    match setting(arg)? {
         Value::Null => None,
-        Value::String(text) => Some(text.clone()),
+        Value::String(text) => Some(text),
         value => Some(value.to_string()),
     }
 }
