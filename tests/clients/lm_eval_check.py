@@ -19,11 +19,23 @@ from lm_eval.tasks import TaskManager
 
 URL = os.environ["EURUS_URL"]
 POLICY = "eurus-mini/policy"
-# Question, right expression, wrong expression.
+# Question, right answer, wrong answer. The question ends with a special token, so no token spans the border.
 QUESTIONS = [
-    ("Use the numbers 3, 5, 8 to make 29.", "5+3*8", "3+5+8"),
-    ("Use the numbers 2, 1, 6 to make 11.", "2*6-1", "6*6-1"),
-    ("Use the numbers 7, 7, 3 to make 17.", "7+7+3", "7*7-3"),
+    (
+        "Use the numbers 3, 5, 8 to make 29.",
+        "Step 1: 8*3=24, left 5 24\nStep 2: 24+5=29, left 29\nAnswer: \\boxed{8*3+5}",
+        "Step 1: 8*3=24, left 5 24\nStep 2: 24-5=19, left 19\nAnswer: \\boxed{8*3-5}",
+    ),
+    (
+        "Use the numbers 2, 1, 6 to make 11.",
+        "Step 1: 2*6=12, left 1 12\nStep 2: 12-1=11, left 11\nAnswer: \\boxed{2*6-1}",
+        "Step 1: 2*6=12, left 1 12\nStep 2: 12+1=13, left 13\nAnswer: \\boxed{2*6+1}",
+    ),
+    (
+        "Use the numbers 7, 7, 3 to make 17.",
+        "Step 1: 7+7=14, left 3 14\nStep 2: 14+3=17, left 17\nAnswer: \\boxed{7+7+3}",
+        "Step 1: 7*7=49, left 3 49\nStep 2: 49-3=46, left 46\nAnswer: \\boxed{7*7-3}",
+    ),
 ]
 TASK = """
 task: countdown
@@ -33,10 +45,10 @@ dataset_kwargs:
     test: {data}
 test_split: test
 output_type: multiple_choice
-doc_to_text: "[INST] {{{{question}}}} [/INST]Answer:"
+doc_to_text: "[INST] {{{{question}}}} [/INST]"
 doc_to_choice: "{{{{[right, wrong]}}}}"
 doc_to_target: 0
-target_delimiter: " "
+target_delimiter: ""
 metric_list:
   - metric: acc
 """
@@ -54,11 +66,10 @@ def tokens(text):
 
 def forced(context, continuation):
     """Sum of log p(token | everything before it), one generated token at a time."""
-    before = tokens(context)
-    # The harness cuts the tokens of the whole text at the context's length, even where a token spans the border.
-    whole = before + tokens(context + continuation)[len(before) :]
+    whole, start = tokens(context + continuation), len(tokens(context))
+    assert whole[:start] == tokens(context)
     total = 0.0
-    for position in range(len(before), len(whole)):
+    for position in range(start, len(whole)):
         body = {"model": POLICY, "prompt": whole[:position], "max_tokens": 1, "temperature": 0, "logprobs": 1}
         body |= {"logit_bias": {str(whole[position]): 100}, "return_token_ids": True, "ignore_eos": True}
         choice = post("/v1/completions", body)["choices"][0]
@@ -94,6 +105,7 @@ assert len(found) == 2 * len(QUESTIONS), found.keys()
 for (context, continuation), likelihood in found.items():
     want = forced(context, continuation)
     assert abs(likelihood - want) < 1e-4, (context, continuation, likelihood, want)
-right = sum(found[c, x] > found[c, y] for (c, x), (_, y) in zip(list(found)[::2], list(found)[1::2]))
+likelihoods = list(found.values())
+right = sum(good > bad for good, bad in zip(likelihoods[::2], likelihoods[1::2]))
 assert abs(accuracy - right / len(QUESTIONS)) < 1e-9, (accuracy, right)
 print(f"lm-eval {lm_eval.__version__}: {len(found)} log-likelihoods agree, accuracy {accuracy:.2f}")

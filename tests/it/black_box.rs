@@ -305,8 +305,8 @@ fn what_the_caller_can_mend_exits_with_two() {
     refused(&["serve", "--prot", "1"], "--port");
     refused(&["serve", "--set", "server.prot=1"], "did you mean `server.port`?");
     refused(&["serve", "--config", "/nonexistent.toml"], "/nonexistent.toml");
-    refused(&["serve", "eurus-mini/reward", "--port", "0"], "is a reward model");
-    refused(&["serve", "../../etc/passwd", "--port", "0"], "passwd");
+    refused(&["serve", "--model", "eurus-mini/reward", "--port", "0"], "is a reward model");
+    refused(&["serve", "--model", "../../etc/passwd", "--port", "0"], "passwd");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     refused(&["serve", "--port", &taken.local_addr().unwrap().port().to_string()], "cannot listen on 127.0.0.1");
 }

@@ -54,11 +54,9 @@ fn the_table_of_endpoints_is_the_table_of_routes() {
     // The documentation page is not in the table of routes.
     served.insert("GET /docs".into());
     assert_eq!(written, served);
-    // A second path of a route, and the wildcard, are documented under the first.
-    let document = serde_json::to_string(eurus::http::openapi::api()).unwrap();
+    let document = serde_json::to_value(eurus::http::openapi::api()).unwrap();
     for route in routes {
-        let like = route.like.replace("{*", "{");
-        assert!(document.contains(&format!("\"{like}\"")), "{like} is not in /openapi.json");
+        assert!(!document["paths"][route.path].is_null(), "{} is not in /openapi.json", route.path);
     }
 }
 
