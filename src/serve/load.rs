@@ -73,7 +73,9 @@ fn open(kind: Kind, config: &Config) -> Result<Checkpoint> {
         Kind::Policy => (&config.model, &config.hub.revision),
         Kind::Reward => (&config.reward_model, &config.hub.reward_revision),
     };
-    let options = HubOptions { revision: revision.clone() };
+    let environment = HubOptions::from_env();
+    let offline = config.hub.offline || environment.offline;
+    let options = HubOptions { revision: revision.clone(), offline, ..environment };
     let mut line = ProgressLine::start();
     let checkpoint = checkpoint::open(&Source::parse(source)?, &options, &mut |progress| line.show(progress));
     line.end();
