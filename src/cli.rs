@@ -1,8 +1,16 @@
 //! The command line: parses arguments and hands them to the parts that do the work.
 //! Owns flags, exit codes and the log format; knows nothing of models or HTTP itself.
 
+mod bench;
+mod best_of_n;
+mod chat;
+mod check;
 mod health;
+mod jsonl;
+mod pull;
+mod score;
 mod serve;
+mod settings;
 pub mod table;
 
 use std::process::ExitCode;
@@ -29,6 +37,21 @@ struct Cli {
 enum Command {
     /// Serve a policy and a reward model over HTTP.
     Serve(Box<serve::ServeArgs>),
+    /// Talk to the policy in the terminal
+    Chat(Box<chat::ChatArgs>),
+    /// Rewards for a file of answers, JSON Lines in and out
+    #[command(after_help = score::ROWS)]
+    Score(Box<score::ScoreArgs>),
+    /// The best of n answers for a file of prompts, JSON Lines in and out
+    #[command(after_help = best_of_n::ROWS)]
+    BestOfN(Box<best_of_n::BestOfNArgs>),
+    /// Download checkpoints from the hub
+    Pull(pull::PullArgs),
+    /// Read settings and checkpoint headers; print sizes, memory plan and every problem
+    Check(Box<check::CheckArgs>),
+    /// Measure servers and models
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Ask a running server on this machine whether it is well: exit code 0 if so, 1 if not.
     Health(health::HealthArgs),
 }
@@ -38,6 +61,12 @@ pub fn run() -> ExitCode {
     let matches = table::for_parsing(command()).get_matches();
     let outcome = Cli::from_arg_matches(&matches).map_err(|error| error.exit()).and_then(|cli| match cli.command {
         Command::Serve(args) => serve::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Score(args) => score::run(&args),
+        Command::BestOfN(args) => best_of_n::run(&args),
+        Command::Pull(args) => pull::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Bench(command) => bench::run(&command),
         Command::Health(args) => health::run(&args),
     });
     match outcome {
@@ -79,6 +108,14 @@ fn start_logging(log: &LogConfig) -> Result<()> {
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     }
     .map_err(Error::internal)
+}
+
+/// Writes to standard output.
+///
+/// # Errors
+/// If it is closed.
+fn print(text: &str) -> Result<()> {
+    std::io::Write::write_all(&mut std::io::stdout().lock(), text.as_bytes()).map_err(Error::internal)
 }
 
 /// A runtime for commands that wait on sockets.

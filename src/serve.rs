@@ -1,6 +1,7 @@
 //! The composition root: builds models, engines, service and HTTP server, and runs them until told to stop.
 //! Owns the order of start and stop; decides nothing about requests.
 
+mod check;
 mod load;
 mod memory;
 mod progress;
@@ -23,6 +24,8 @@ use crate::{
     service::{Kind, ServedModel, Service, ServiceLimits},
 };
 
+pub use check::check;
+pub use load::model;
 pub use progress::ProgressLine;
 
 /// What loading gives: the served models, and the threads of their engines by model name.
@@ -85,6 +88,16 @@ pub async fn run(config: Config) -> Result<()> {
         Ok(Some(name)) => Err(Error::Internal(format!("the engine of {name} died"))),
         _ => Ok(()),
     }
+}
+
+/// The models of `config`, running in this process without a server.
+///
+/// # Errors
+/// A checkpoint that cannot be had, is damaged, of the wrong kind, or does not fit into memory.
+pub fn service(config: &Config) -> Result<Arc<Service>> {
+    let metrics = Arc::new(Metrics::new()?);
+    let loaded = load_all(config, &metrics)?;
+    Ok(Arc::new(Service::new(loaded.models, service_limits(config), metrics)?))
 }
 
 /// Loads the policy, then the reward model.

@@ -1,41 +1,15 @@
 //! `eurus serve`: flags as overrides of the settings.
 
-use std::path::PathBuf;
-
 use clap::Args;
 
-use crate::{
-    config::{Config, Overrides},
-    error::Result,
-};
+use super::settings::SettingArgs;
+use crate::{config::Overrides, error::Result};
 
 /// Flags of `eurus serve`. The name of its environment variable ties each flag to its setting.
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
-    /// Policy: a built-in name, a folder, or a hub id org/name[@revision]; "none" for no policy
-    #[arg(env = "EURUS_MODEL")]
-    model: Option<String>,
-    /// Reward model, named like the policy; "none" for no reward model
-    #[arg(long, env = "EURUS_REWARD_MODEL", value_name = "MODEL")]
-    reward_model: Option<String>,
-    /// Name of the policy in requests
-    #[arg(long, env = "EURUS_MODEL_NAME", value_name = "NAME")]
-    model_name: Option<String>,
-    /// Name of the reward model in requests
-    #[arg(long, env = "EURUS_REWARD_MODEL_NAME", value_name = "NAME")]
-    reward_model_name: Option<String>,
-    /// Settings file
-    #[arg(long, env = "EURUS_CONFIG", value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Branch, tag or commit of the policy on the hub
-    #[arg(long, env = "EURUS_HUB__REVISION", value_name = "REV")]
-    revision: Option<String>,
-    /// Branch, tag or commit of the reward model on the hub
-    #[arg(long, env = "EURUS_HUB__REWARD_REVISION", value_name = "REV")]
-    reward_revision: Option<String>,
-    /// Use only checkpoints that are on this machine (as HF_HUB_OFFLINE=1)
-    #[arg(long, env = "EURUS_HUB__OFFLINE", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
-    offline: Option<bool>,
+    #[command(flatten)]
+    settings: SettingArgs,
     /// Address to listen on
     #[arg(long, env = "EURUS_SERVER__HOST")]
     host: Option<String>,
@@ -48,60 +22,15 @@ pub(super) struct ServeArgs {
     /// Seconds that running requests get to finish after SIGTERM
     #[arg(long, env = "EURUS_SERVER__DRAIN_SECONDS_MAX", value_name = "SECONDS")]
     drain_seconds_max: Option<u64>,
-    /// Threads for arithmetic
-    #[arg(long, env = "EURUS_ENGINE__THREADS", value_name = "COUNT")]
-    threads: Option<usize>,
-    /// Longest sequence in tokens, prompt and answer together
-    #[arg(long, env = "EURUS_ENGINE__LEN_MAX", value_name = "TOKENS")]
-    len_max: Option<usize>,
-    /// Memory of each model's key/value cache, in GiB
-    #[arg(long, env = "EURUS_ENGINE__KV_CACHE_GIB", value_name = "GIB")]
-    kv_cache_gib: Option<f64>,
-    /// Tokens computed in one step at most
-    #[arg(long, env = "EURUS_ENGINE__STEP_TOKENS", value_name = "TOKENS")]
-    step_tokens: Option<usize>,
-    /// Sequences that run at once
-    #[arg(long, env = "EURUS_ENGINE__RUNNING_MAX", value_name = "COUNT")]
-    running_max: Option<usize>,
-    /// Sequences that wait for their turn before requests are refused with 429
-    #[arg(long, env = "EURUS_ENGINE__WAITING_MAX", value_name = "COUNT")]
-    waiting_max: Option<usize>,
-    /// text or json
-    #[arg(long, env = "EURUS_LOG__FORMAT", value_name = "FORMAT", value_parser = ["text", "json"])]
-    log_format: Option<String>,
-    /// error, warn, info, debug, trace, or filter directives
-    #[arg(long, env = "EURUS_LOG__LEVEL", value_name = "LEVEL")]
-    log_level: Option<String>,
-    /// Any other setting of the file, such as limits.n_max=16; may be repeated
-    #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
 }
 
 impl ServeArgs {
     fn overrides(&self) -> Result<Overrides> {
-        let mut overrides = Overrides::default();
-        for assignment in &self.set {
-            overrides.set_text(assignment)?;
-        }
-        overrides.set("model", self.model.clone());
-        overrides.set("reward_model", self.reward_model.clone());
-        overrides.set("model_name", self.model_name.clone());
-        overrides.set("reward_model_name", self.reward_model_name.clone());
-        overrides.set("hub.revision", self.revision.clone());
-        overrides.set("hub.reward_revision", self.reward_revision.clone());
-        overrides.set("hub.offline", self.offline);
+        let mut overrides = self.settings.overrides()?;
         overrides.set("server.host", self.host.clone());
         overrides.set("server.port", self.port);
         overrides.set("server.api_key_file", self.api_key_file.clone());
         overrides.set("server.drain_seconds_max", self.drain_seconds_max);
-        overrides.set("engine.threads", self.threads);
-        overrides.set("engine.len_max", self.len_max);
-        overrides.set("engine.kv_cache_gib", self.kv_cache_gib);
-        overrides.set("engine.step_tokens", self.step_tokens);
-        overrides.set("engine.running_max", self.running_max);
-        overrides.set("engine.waiting_max", self.waiting_max);
-        overrides.set("log.format", self.log_format.clone());
-        overrides.set("log.level", self.log_level.clone());
         Ok(overrides)
     }
 }
@@ -111,7 +40,7 @@ impl ServeArgs {
 /// # Errors
 /// Wrong settings, a checkpoint that cannot be opened, an address that cannot be bound.
 pub(super) fn run(args: &ServeArgs) -> Result<()> {
-    let config = Config::load(args.config.as_deref(), &args.overrides()?)?;
+    let config = args.settings.load(&args.overrides()?)?;
     super::start_logging(&config.log)?;
     super::runtime()?.block_on(crate::serve::run(config))
 }
@@ -122,6 +51,7 @@ mod tests {
     use clap::{FromArgMatches, Parser};
 
     use super::*;
+    use crate::config::Config;
 
     #[derive(Parser)]
     struct Alone {

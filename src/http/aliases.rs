@@ -7,7 +7,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::{
@@ -15,7 +15,7 @@ use super::{
     body::JsonBody,
     choices::{WireUsage, new_id, unix_seconds},
     error::{ApiError, ApiResult, ErrorResponse},
-    rewards::{conversation_inputs, score, text_inputs},
+    rewards::{blamed, conversation_inputs, score, text_inputs},
     wire::{Conversations, Prompts, Strings, WireMessage},
 };
 use crate::service::{
@@ -121,7 +121,8 @@ pub async fn classify(State(state): State<AppState>, body: JsonBody) -> ApiResul
     }
     let sglang = request.text.is_some() || request.input_ids.is_some();
     let activation = request.activation();
-    let rewards = score(&state, request.into_request(state.service()).await?).await?;
+    let field = request.field();
+    let rewards = score(&state, request.into_request(state.service()).await?, Some(field)).await?;
     if sglang {
         return Ok(Json(embeddings(&rewards, activation)).into_response());
     }
@@ -152,7 +153,8 @@ pub async fn pooling(State(state): State<AppState>, body: JsonBody) -> ApiResult
         return Err(ApiError::invalid("task", "only `classify` is supported here: a reward model has no embeddings"));
     }
     let activation = request.activation();
-    let rewards = score(&state, request.into_request(state.service()).await?).await?;
+    let field = request.field();
+    let rewards = score(&state, request.into_request(state.service()).await?, Some(field)).await?;
     let item = |(index, reward): (usize, f32)| PoolingItem { index, object: "pooling", data: [reward] };
     let values = rewards.data.iter().map(|reward| activation.apply(reward.reward)).enumerate();
     Ok(Json(PoolingResponse {
@@ -194,7 +196,18 @@ impl ClassifyRequest {
         Activation::asked(self.use_activation.or(self.activation))
     }
 
+    /// The field that holds the inputs.
+    fn field(&self) -> &'static str {
+        match self {
+            Self { messages: Some(_), .. } => "messages",
+            Self { text: Some(_), .. } => "text",
+            Self { input_ids: Some(_), .. } => "input_ids",
+            _ => "input",
+        }
+    }
+
     async fn into_request(self, service: &Service) -> ApiResult<ScoreRequest> {
+        let field = self.field();
         if self.add_generation_prompt == Some(true) {
             return Err(ApiError::unsupported("add_generation_prompt"));
         }
@@ -205,7 +218,7 @@ impl ClassifyRequest {
             _ => return Err(ApiError::invalid("input", "give either `input` or `messages`")),
         };
         if self.add_special_tokens == Some(false) {
-            inputs = as_they_are(service, self.model.as_deref(), inputs).await?;
+            inputs = as_they_are(service, self.model.as_deref(), inputs, field).await?;
         }
         let kwargs = self.chat_template_kwargs.unwrap_or_default();
         Ok(ScoreRequest { model: self.model, inputs, kwargs, ..ScoreRequest::default() })
@@ -213,18 +226,23 @@ impl ClassifyRequest {
 }
 
 /// Tokenises texts without putting BOS before them; what the text itself holds stays.
-async fn as_they_are(service: &Service, model: Option<&str>, inputs: Vec<ScoreInput>) -> ApiResult<Vec<ScoreInput>> {
+async fn as_they_are(
+    service: &Service,
+    model: Option<&str>,
+    inputs: Vec<ScoreInput>,
+    field: &str,
+) -> ApiResult<Vec<ScoreInput>> {
     let model = service.reward_model(model)?.name.clone();
     let batch_max = service.limits().score_batch_max;
     if inputs.len() > batch_max {
-        return Err(ApiError::invalid("input", format!("at most {batch_max} texts can be scored at once")));
+        return Err(ApiError::invalid(field, format!("at most {batch_max} texts can be scored at once")));
     }
     let mut bare = Vec::with_capacity(inputs.len());
     for input in inputs {
         bare.push(match input {
             ScoreInput::Text(text) => {
-                let tokens = service.tokenize(Some(&model), Prompt::Text(text), SpecialTokens::Omit).await?;
-                ScoreInput::Ids(tokens.ids)
+                let tokens = service.tokenize(Some(&model), Prompt::Text(text), SpecialTokens::Omit).await;
+                ScoreInput::Ids(tokens.map_err(|error| blamed(error.into(), Some(field)))?.ids)
             }
             other => other,
         });
@@ -232,10 +250,26 @@ async fn as_they_are(service: &Service, model: Option<&str>, inputs: Vec<ScoreIn
     Ok(bare)
 }
 
-fn embeddings(rewards: &Rewards, activation: Activation) -> Vec<Value> {
-    let item = |reward: &Reward| {
-        let meta = json!({"prompt_tokens": reward.tokens, "finish_reason": null});
-        json!({"embedding": [activation.apply(reward.reward)], "meta_info": meta})
+/// SGLang's shape of one reward.
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+pub struct Embedding {
+    /// The reward.
+    pub embedding: [f32; 1],
+    /// What else is known.
+    pub meta_info: EmbeddingInfo,
+}
+
+/// What else SGLang tells.
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+pub struct EmbeddingInfo {
+    /// Tokens read.
+    pub prompt_tokens: usize,
+}
+
+fn embeddings(rewards: &Rewards, activation: Activation) -> Vec<Embedding> {
+    let item = |reward: &Reward| Embedding {
+        embedding: [activation.apply(reward.reward)],
+        meta_info: EmbeddingInfo { prompt_tokens: reward.tokens },
     };
     rewards.data.iter().map(item).collect()
 }
@@ -286,11 +320,20 @@ pub fn truncation(truncate: Option<bool>, direction: Option<Direction>) -> Trunc
     }
 }
 
-/// Rewards in TEI's prediction shape. Rewards are raw.
+/// TEI's shape of one reward.
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+pub struct Prediction {
+    /// The reward.
+    pub score: f32,
+    /// Always `reward`.
+    pub label: &'static str,
+}
+
+/// Rewards in TEI's prediction shape; for a batch, a list of such lists. Rewards are raw.
 #[utoipa::path(post, path = "/predict", request_body = PredictRequest,
-    responses((status = 200, body = Vec<Object>), (status = "4XX", body = ErrorResponse),
+    responses((status = 200, body = Vec<Prediction>), (status = "4XX", body = ErrorResponse),
               (status = "5XX", body = ErrorResponse)))]
-pub async fn predict(State(state): State<AppState>, body: JsonBody) -> ApiResult<Json<Value>> {
+pub async fn predict(State(state): State<AppState>, body: JsonBody) -> ApiResult<Response> {
     let request: PredictRequest = body.decode()?;
     let truncate = truncation(request.truncate, request.truncation_direction);
     let (sequences, single) = match request.inputs {
@@ -299,10 +342,16 @@ pub async fn predict(State(state): State<AppState>, body: JsonBody) -> ApiResult
         PredictInputs::Batch(batch) => (batch, false),
     };
     let inputs = sequences.into_iter().map(sequence).collect::<ApiResult<_>>()?;
-    let rewards = score(&state, ScoreRequest { inputs, truncate, ..ScoreRequest::default() }).await?;
-    let mut answers: Vec<Value> =
-        rewards.data.iter().map(|reward| json!([{"score": reward.reward, "label": "reward"}])).collect();
-    Ok(Json(if single { answers.pop().unwrap_or_default() } else { Value::Array(answers) }))
+    let rewards = score(&state, ScoreRequest { inputs, truncate, ..ScoreRequest::default() }, Some("inputs")).await?;
+    let mut answers: Vec<[Prediction; 1]> =
+        rewards.data.iter().map(|reward| [Prediction { score: reward.reward, label: "reward" }]).collect();
+    match answers.pop() {
+        Some(only) if single => Ok(Json(only).into_response()),
+        last => {
+            answers.extend(last);
+            Ok(Json(answers).into_response())
+        }
+    }
 }
 
 fn sequence(texts: Vec<String>) -> ApiResult<ScoreInput> {
@@ -352,16 +401,21 @@ pub struct ExtraLogs {
               (status = "5XX", body = ErrorResponse)))]
 pub async fn get_reward(State(state): State<AppState>, body: JsonBody) -> ApiResult<Json<GetRewardResponse>> {
     let request: GetRewardRequest = body.decode()?;
-    let rewards = score_as_they_are(&state, None, request.query.into_vec()).await?;
+    let rewards = score_as_they_are(&state, None, request.query.into_vec(), "query").await?;
     let values: Vec<f32> = rewards.data.iter().map(|reward| reward.reward).collect();
     let extra_logs = ExtraLogs { dummy_scores: values.clone() };
     Ok(Json(GetRewardResponse { rewards: values.clone(), scores: values, extra_logs }))
 }
 
-async fn score_as_they_are(state: &AppState, model: Option<String>, texts: Vec<String>) -> ApiResult<Rewards> {
+async fn score_as_they_are(
+    state: &AppState,
+    model: Option<String>,
+    texts: Vec<String>,
+    field: &str,
+) -> ApiResult<Rewards> {
     let inputs = texts.into_iter().map(ScoreInput::Text).collect();
-    let inputs = as_they_are(state.service(), model.as_deref(), inputs).await?;
-    score(state, ScoreRequest { model, inputs, ..ScoreRequest::default() }).await
+    let inputs = as_they_are(state.service(), model.as_deref(), inputs, field).await?;
+    score(state, ScoreRequest { model, inputs, ..ScoreRequest::default() }, Some(field)).await
 }
 
 /// LLaMA-Factory's request.
@@ -399,7 +453,7 @@ pub async fn evaluation(State(state): State<AppState>, body: JsonBody) -> ApiRes
         return Err(ApiError::unsupported("max_length"));
     }
     let model = model.name.clone();
-    let rewards = score_as_they_are(&state, Some(model.clone()), request.messages).await?;
+    let rewards = score_as_they_are(&state, Some(model.clone()), request.messages, "messages").await?;
     Ok(Json(EvaluationResponse {
         id: new_id("scoreval-"),
         object: "score.evaluation",

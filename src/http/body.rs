@@ -21,6 +21,9 @@ use super::{
     fields::{Rule, rule},
 };
 
+/// No request has nearly as many fields; names beyond are not remembered.
+const FIELDS_MAX: usize = 256;
+
 /// The bytes of a JSON request body, not parsed yet.
 #[derive(Debug, Clone)]
 pub struct JsonBody(Bytes);
@@ -127,6 +130,11 @@ impl<'de> Visitor<'de> for &mut Keys {
     fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<(), M::Error> {
         let mut seen = HashSet::new();
         while let Some(key) = map.next_key::<String>()? {
+            if seen.len() >= FIELDS_MAX {
+                map.next_value::<IgnoredAny>()?;
+                self.refused.get_or_insert_with(|| bad_request(format!("the body has more than {FIELDS_MAX} fields")));
+                continue;
+            }
             let problem = match rule(&key) {
                 _ if self.known.contains(key.as_str()) => {
                     map.next_value::<IgnoredAny>()?;
@@ -278,6 +286,12 @@ mod tests {
     fn harmless_fields_and_nulls_pass() {
         let body = r#"{"text":"a","n":null,"options":null,"user":"x","tools":null,"response_format":{"type":"text"}}"#;
         assert!(JsonBody::from_text(body).decode::<Probe>().unwrap().n.is_none());
+    }
+
+    #[test]
+    fn floods_of_fields_are_refused() {
+        let fields: Vec<String> = (0..10_000).map(|at| format!("\"user{at}\":1")).collect();
+        check(&format!("{{{}}}", fields.join(",")), Some("user0"), "not a field");
     }
 
     #[test]

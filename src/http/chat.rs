@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 use super::{
     AppState,
     body::JsonBody,
-    choices::{BestOfAccount, Head, Origin, Rating, WireStop, WireUsage, best_of_usage},
+    choices::{BestOfAccount, Head, Origin, Rating, WireStop, WireUsage, account, best_of_usage},
     error::{ApiError, ApiResult, ErrorResponse},
     logprobs::{self, ChatLogProbs},
     sampling::{GenerationFields, count},
@@ -179,7 +179,7 @@ pub async fn chat(State(state): State<AppState>, body: JsonBody) -> ApiResult<Re
     if let Some(best_of) = best_of {
         let request = fields.best_of_request(request, best_of);
         let outcome = state.service().best_of_n(request).await.map_err(|error| names.restore(error.into()))?;
-        return Ok(Json(best_response(&outcome, report, fields.returns_candidates())).into_response());
+        return Ok(Json(best_response(&outcome, report, account(&outcome, &fields))).into_response());
     }
     let generation = state.service().generate(request).await.map_err(|error| names.restore(error.into()))?;
     let mut origin = Origin::from(&generation);
@@ -294,7 +294,7 @@ fn plain_response(origin: Origin, candidates: Vec<Candidate>, report: Report) ->
     }
 }
 
-fn best_response(outcome: &BestOfN, report: Report, with_candidates: bool) -> ChatResponse {
+fn best_response(outcome: &BestOfN, report: Report, account: BestOfAccount) -> ChatResponse {
     let choose = |(at, chosen): (usize, &usize)| {
         let rated = outcome.candidates.get(*chosen)?;
         Some(choice(at, rated.candidate.clone(), report.ids, rated.into()))
@@ -307,7 +307,7 @@ fn best_response(outcome: &BestOfN, report: Report, with_candidates: bool) -> Ch
         usage: best_of_usage(outcome),
         prompt_logprobs: prompt_logprobs(&outcome.prompt, report),
         prompt_token_ids: None,
-        best_of: Some(BestOfAccount::new(outcome, with_candidates)),
+        best_of: Some(account),
     }
 }
 

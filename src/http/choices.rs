@@ -6,6 +6,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::sampling::GenerationFields;
 use crate::service::{
     TokenId, Usage,
     best_of_n::{BestOfN, RatedCandidate},
@@ -170,8 +171,8 @@ pub struct CandidateAccount {
 }
 
 impl BestOfAccount {
-    /// The account of `outcome`; with the texts where `with_text`.
-    pub(super) fn new(outcome: &BestOfN, with_text: bool) -> Self {
+    /// The account of `outcome`, without the texts of the candidates.
+    pub fn new(outcome: &BestOfN) -> Self {
         let account = |rated: &RatedCandidate| CandidateAccount {
             index: rated.candidate.index,
             seed: rated.candidate.seed.cast_signed(),
@@ -182,7 +183,7 @@ impl BestOfAccount {
             answer: rated.answer.clone(),
             finish_reason: rated.candidate.finish.as_str(),
             completion_tokens: rated.candidate.usage.completion_tokens,
-            text: with_text.then(|| rated.candidate.text.clone()),
+            text: None,
         };
         Self {
             strategy: outcome.strategy.as_str(),
@@ -190,6 +191,17 @@ impl BestOfAccount {
             candidates: outcome.candidates.iter().map(account).collect(),
         }
     }
+}
+
+/// The account of `outcome` as `fields` ask for it.
+pub(super) fn account(outcome: &BestOfN, fields: &GenerationFields) -> BestOfAccount {
+    let mut account = BestOfAccount::new(outcome);
+    if fields.returns_candidates() {
+        for (entry, rated) in account.candidates.iter_mut().zip(&outcome.candidates) {
+            entry.text = Some(rated.candidate.text.clone());
+        }
+    }
+    account
 }
 
 /// Usage of a best-of-n request.

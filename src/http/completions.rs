@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 use super::{
     AppState,
     body::JsonBody,
-    choices::{BestOfAccount, Head, Origin, Rating, WireStop, WireUsage, add, best_of_usage},
+    choices::{BestOfAccount, Head, Origin, Rating, WireStop, WireUsage, account, add, best_of_usage},
     completion_stream::CompletionChunks,
     error::{ApiError, ApiResult, ErrorResponse},
     logprobs::{self, CompletionLogProbs},
@@ -129,7 +129,7 @@ pub async fn completions(State(state): State<AppState>, body: JsonBody) -> ApiRe
             return Err(ApiError::invalid("prompt", "with `best_of` above `n` there can be only one prompt"));
         };
         let outcome = state.service().best_of_n(fields.best_of_request(request, best_of)).await?;
-        return Ok(Json(best_response(&outcome, report, fields.returns_candidates())).into_response());
+        return Ok(Json(best_response(&outcome, report, account(&outcome, &fields))).into_response());
     }
     let generations = start(state.service(), requests).await?;
     if fields.streams() {
@@ -239,7 +239,7 @@ fn plain_response(completed: Vec<(Origin, Completed)>, report: Report) -> Comple
     CompletionResponse { head, seed, choices, usage: usage.into(), best_of: None }
 }
 
-fn best_response(outcome: &BestOfN, report: Report, with_candidates: bool) -> CompletionResponse {
+fn best_response(outcome: &BestOfN, report: Report, account: BestOfAccount) -> CompletionResponse {
     let origin = Origin {
         model: outcome.model.name.clone(),
         seed: outcome.seed.cast_signed(),
@@ -258,7 +258,7 @@ fn best_response(outcome: &BestOfN, report: Report, with_candidates: bool) -> Co
         seed: origin.seed,
         choices: outcome.chosen.iter().enumerate().filter_map(choose).collect(),
         usage: best_of_usage(outcome),
-        best_of: Some(BestOfAccount::new(outcome, with_candidates)),
+        best_of: Some(account),
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
@@ -17,23 +17,33 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-/// Whether the connection is inside a request, told by the service to the socket.
+/// How many requests a connection has begun and ended, told by the service to the socket.
 #[derive(Debug, Clone, Default)]
-pub struct Busy(Arc<AtomicBool>);
+pub struct Busy(Arc<Counts>);
+
+#[derive(Debug, Default)]
+struct Counts {
+    begun: AtomicU64,
+    ended: AtomicU64,
+}
 
 impl Busy {
     /// A request head has arrived whole.
     pub fn begin(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.begun.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Its response has been produced.
     pub fn end(&self) {
-        self.0.store(false, Ordering::Relaxed);
+        self.0.ended.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn get(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+    fn begun(&self) -> u64 {
+        self.0.begun.load(Ordering::Relaxed)
+    }
+
+    fn inside(&self) -> bool {
+        self.begun() != self.0.ended.load(Ordering::Relaxed)
     }
 }
 
@@ -42,6 +52,8 @@ impl Busy {
 pub struct Deadlines<S> {
     stream: S,
     busy: Busy,
+    /// Requests whose head is known to be whole.
+    heads_seen: u64,
     head_timeout: Duration,
     stall_timeout: Duration,
     head: Option<Pin<Box<Sleep>>>,
@@ -53,7 +65,7 @@ impl<S> Deadlines<S> {
     /// `stall_timeout`: how long a write may wait for the peer to read.
     pub fn new(stream: S, busy: Busy, head_timeout: Duration, stall_timeout: Duration) -> Self {
         let head = Some(Box::pin(sleep(head_timeout)));
-        Self { stream, busy, head_timeout, stall_timeout, head, stall: None }
+        Self { stream, busy, heads_seen: 0, head_timeout, stall_timeout, head, stall: None }
     }
 
     /// Starts or polls the write deadline; called when a write found no room.
@@ -66,12 +78,14 @@ impl<S> Deadlines<S> {
 
 impl<S: AsyncRead + Unpin> AsyncRead for Deadlines<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.busy.get() {
+        let begun = self.busy.begun();
+        if begun != self.heads_seen {
+            self.heads_seen = begun;
             self.head = None;
         }
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        let head_begins = buf.filled().len() > before && !self.busy.get() && self.head.is_none();
+        let head_begins = buf.filled().len() > before && !self.busy.inside() && self.head.is_none();
         if head_begins {
             self.head = Some(Box::pin(sleep(self.head_timeout)));
         }
@@ -161,6 +175,16 @@ mod tests {
         client.write_all(b"P").await.unwrap();
         assert_eq!(server.read(&mut bytes).await.unwrap(), 1);
         assert_eq!(server.read(&mut bytes).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
+    async fn a_request_that_was_answered_at_once_has_had_its_head() {
+        let (_client, server) = duplex(64);
+        let busy = Busy::default();
+        let mut server = Deadlines::new(server, busy.clone(), SOON, NEVER);
+        busy.begin();
+        busy.end();
+        assert!(tokio::time::timeout(SOON * 4, server.read(&mut [0; 16])).await.is_err(), "idle is not a late head");
     }
 
     #[tokio::test]

@@ -212,6 +212,21 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn panics_are_answered_without_their_text() {
+        async fn panics() {
+            panic!("secret");
+        }
+        let router = axum::Router::new()
+            .route("/", axum::routing::get(panics))
+            .layer(tower_http::catch_panic::CatchPanicLayer::custom(OnPanic));
+        let request = axum::extract::Request::new(axum::body::Body::empty());
+        let response = tower::ServiceExt::oneshot(router, request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        let bytes = axum::body::to_bytes(response.into_body(), 10_000).await.unwrap();
+        assert_eq!(bytes, ApiError::internal().to_json().as_bytes());
+    }
+
     #[test]
     fn long_messages_are_cut() {
         let error = ApiError::invalid("é".repeat(10_000), "ü".repeat(10_000));

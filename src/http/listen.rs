@@ -26,6 +26,8 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// What requests get after the drain deadline to send their last event.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 const BACKLOG: u32 = 1024;
+/// hyper takes no smaller buffer.
+const BUFFER_BYTES_MIN: usize = 8192;
 
 /// Limits of the accept loop.
 #[derive(Debug, Clone, PartialEq)]
@@ -211,7 +213,8 @@ fn connection(
         .timer(TokioTimer::new())
         .header_read_timeout(options.keep_alive_timeout)
         .max_headers(options.headers_max)
-        .max_buf_size(options.head_bytes_max)
+        .max_header_size(options.head_bytes_max)
+        .max_buf_size(options.head_bytes_max.max(BUFFER_BYTES_MIN))
         .serve_connection(TokioIo::new(stream), service);
     let connection = graceful.watch(connection);
     async move {

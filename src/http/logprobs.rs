@@ -83,9 +83,9 @@ impl CompletionLogProbs {
 fn alternatives(info: &TokenInfo, logprob: f32, top: usize) -> Map<String, Value> {
     let mut map = Map::new();
     for (token, logprob) in info.top.iter().take(top) {
-        map.entry(token.text.clone()).or_insert_with(|| json!(finite(*logprob)));
+        map.entry(token.text.clone()).or_insert_with(|| short(*logprob));
     }
-    map.entry(info.token.text.clone()).or_insert_with(|| json!(finite(logprob)));
+    map.entry(info.token.text.clone()).or_insert_with(|| short(logprob));
     map
 }
 
@@ -101,13 +101,18 @@ pub fn prompt(tokens: &[TokenInfo], top: usize) -> Vec<Value> {
 
 fn prompt_token(info: &TokenInfo, logprob: f32, top: usize) -> Value {
     let entry = |token: &TokenText, logprob: f32, rank: Option<usize>| {
-        (token.id.to_string(), json!({"logprob": finite(logprob), "rank": rank, "decoded_token": token.text}))
+        (token.id.to_string(), json!({"logprob": short(logprob), "rank": rank, "decoded_token": token.text}))
     };
     let rank = info.top.iter().position(|(token, _)| token.id == info.token.id).map(|at| at + 1);
     let mut map = Map::from_iter([entry(&info.token, logprob, rank)]);
     let best = info.top.iter().take(top).enumerate();
     map.extend(best.map(|(at, (token, logprob))| entry(token, *logprob, Some(at + 1))));
     Value::Object(map)
+}
+
+/// As JSON with the digits of single precision: `Value` would show those of the same number in double precision.
+fn short(logprob: f32) -> Value {
+    finite(logprob).to_string().parse::<f64>().map_or(Value::Null, |number| json!(number))
 }
 
 /// JSON has no infinity: minus infinity is -9999, as in OpenAI's answers.
@@ -148,6 +153,12 @@ mod tests {
         assert_eq!(lists[0], Value::Null);
         assert_eq!(lists[1]["2"], json!({"logprob": -1.0, "rank": 2, "decoded_token": "a"}));
         assert_eq!(lists[1]["7"]["rank"], 1);
+    }
+
+    #[test]
+    fn numbers_have_the_digits_of_single_precision() {
+        assert_eq!(short(-0.1).to_string(), "-0.1");
+        assert_eq!(short(-1.5).to_string(), "-1.5");
     }
 
     #[test]

@@ -16,7 +16,9 @@ use utoipa_swagger_ui::{Config, SwaggerUi};
 use super::{
     AppState, aliases,
     auth::OPEN_ROUTES,
-    chat, completion_stream, completions, models, operations, rerank, rewards,
+    chat, completion_stream, completions,
+    fields::IGNORED,
+    models, operations, rerank, rewards,
     routes::{self, Route},
     tokenize,
 };
@@ -28,7 +30,7 @@ const DESCRIPTION: &str = "Generation, rewards and best-of-n in one process. \
 
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "eurus", description = DESCRIPTION),
+    info(title = "eurus"),
     paths(
         chat::chat,
         completions::completions,
@@ -73,6 +75,8 @@ pub fn api() -> &'static Document {
     static DOCUMENT: OnceLock<Document> = OnceLock::new();
     DOCUMENT.get_or_init(|| {
         let mut document = Api::openapi();
+        let ignored = IGNORED.join("`, `");
+        document.info.description = Some(format!("{DESCRIPTION} Accepted and ignored everywhere: `{ignored}`."));
         for route in routes::table() {
             describe(&mut document, &route);
         }

@@ -1,9 +1,12 @@
 //! Pairs of question and answer: /score in vLLM's and SGLang's shapes, /rerank in those of Jina, Cohere, vLLM and TEI.
 //! A pair is a conversation: the question is the user's turn, the answer the assistant's. Scores are raw.
 
-use axum::{Json, extract::State};
+use axum::{
+    Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::{
@@ -69,6 +72,19 @@ pub struct ScoreResponse {
     pub usage: WireUsage,
 }
 
+/// SGLang's score response.
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+pub struct SglangScores {
+    /// The reward of each pair, alone in a list.
+    pub scores: Vec<[f32; 1]>,
+    /// The reward model.
+    pub model: String,
+    /// Token counts.
+    pub usage: WireUsage,
+    /// Always `scoring`.
+    pub object: &'static str,
+}
+
 /// One scored pair.
 #[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct ScoreItem {
@@ -84,25 +100,25 @@ pub struct ScoreItem {
 #[utoipa::path(post, path = "/score", request_body = PairsRequest,
     responses((status = 200, body = ScoreResponse), (status = "4XX", body = ErrorResponse),
               (status = "5XX", body = ErrorResponse)))]
-pub async fn score(State(state): State<AppState>, body: JsonBody) -> ApiResult<Json<Value>> {
+pub async fn score(State(state): State<AppState>, body: JsonBody) -> ApiResult<Response> {
     let request: PairsRequest = body.decode()?;
     let activation = Activation::asked(request.use_activation.or(request.activation));
     let sglang = request.query.is_some();
-    let (model, pairs) = request.into_pairs(state.service().limits().score_batch_max)?;
-    let rewards = score_pairs(&state, model, pairs, Truncate::Error).await?;
+    let (model, pairs, field) = request.into_pairs(state.service().limits().score_batch_max)?;
+    let rewards = score_pairs(&state, model, pairs, Truncate::Error, field).await?;
     let scores = rewards.data.iter().map(|reward| activation.apply(reward.reward));
     let (model, usage) = (rewards.model.name.clone(), WireUsage::from(rewards.usage));
     if sglang {
         let scores: Vec<[f32; 1]> = scores.map(|score| [score]).collect();
-        return Ok(Json(json!({"scores": scores, "model": model, "usage": usage, "object": "scoring"})));
+        return Ok(Json(SglangScores { scores, model, usage, object: "scoring" }).into_response());
     }
     let data = scores.enumerate().map(|(index, score)| ScoreItem { index, object: "score", score }).collect();
     let response = ScoreResponse { id: new_id("score-"), object: "list", created: unix_seconds(), model, data, usage };
-    serde_json::to_value(response).map(Json).map_err(|_| ApiError::internal())
+    Ok(Json(response).into_response())
 }
 
 impl PairsRequest {
-    fn into_pairs(self, pairs_max: usize) -> ApiResult<(Option<String>, Vec<Pair>)> {
+    fn into_pairs(self, pairs_max: usize) -> ApiResult<(Option<String>, Vec<Pair>, &'static str)> {
         for (name, value) in [("apply_softmax", self.apply_softmax), ("item_first", self.item_first)] {
             if value == Some(true) {
                 return Err(ApiError::unsupported(name));
@@ -127,7 +143,7 @@ impl PairsRequest {
         if !matched(left_name, right_name) {
             return Err(ApiError::invalid(right_name, format!("`{right_name}` does not go with `{left_name}`")));
         }
-        Ok((self.model, zip(left, right, right_name, pairs_max)?))
+        Ok((self.model, zip(left, right, right_name, pairs_max)?, right_name))
     }
 }
 
@@ -159,9 +175,10 @@ async fn score_pairs(
     model: Option<String>,
     pairs: Vec<Pair>,
     truncate: Truncate,
+    field: &str,
 ) -> ApiResult<Rewards> {
     let inputs = pairs.into_iter().map(|(question, answer)| pair(question, answer)).collect();
-    rewards_of(state, ScoreRequest { model, inputs, truncate, ..ScoreRequest::default() }).await
+    rewards_of(state, ScoreRequest { model, inputs, truncate, ..ScoreRequest::default() }, Some(field)).await
 }
 
 /// A question and answers to rank: `documents` as Jina, Cohere and vLLM have it, `texts` as TEI has it.
@@ -241,6 +258,18 @@ pub struct RerankItem {
     pub relevance_score: f32,
 }
 
+/// TEI's shape of one ranked answer.
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+pub struct TeiRank {
+    /// Which text.
+    pub index: usize,
+    /// The reward.
+    pub score: f32,
+    /// The text, where asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+}
+
 /// A ranked document.
 #[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct RankedDocument {
@@ -253,7 +282,7 @@ pub struct RankedDocument {
 #[utoipa::path(post, path = "/rerank", request_body = RerankRequest,
     responses((status = 200, body = RerankResponse), (status = "4XX", body = ErrorResponse),
               (status = "5XX", body = ErrorResponse)))]
-pub async fn rerank(State(state): State<AppState>, body: JsonBody) -> ApiResult<Json<Value>> {
+pub async fn rerank(State(state): State<AppState>, body: JsonBody) -> ApiResult<Response> {
     let request: RerankRequest = body.decode()?;
     let top_n = count("top_n", request.top_n)?.filter(|top| *top > 0).unwrap_or(usize::MAX);
     let activation = Activation::asked(request.use_activation.or(request.activation));
@@ -270,25 +299,22 @@ pub async fn rerank(State(state): State<AppState>, body: JsonBody) -> ApiResult<
         return Err(ApiError::unsupported("max_tokens_per_doc"));
     }
     let pairs = zip(vec![request.query], texts.clone(), name, state.service().limits().score_batch_max)?;
-    let rewards = score_pairs(&state, request.model, pairs, truncate).await?;
+    let rewards = score_pairs(&state, request.model, pairs, truncate, name).await?;
     let mut ranked: Vec<(usize, f32)> =
         rewards.data.iter().map(|reward| activation.apply(reward.reward)).enumerate().collect();
     ranked.sort_by(|left, right| right.1.total_cmp(&left.1));
     ranked.truncate(top_n);
     if tei {
         let texts = texts.into_iter().map(|text| (request.return_text == Some(true)).then_some(text)).collect();
-        return Ok(Json(tei_shape(&ranked, texts)));
+        return Ok(Json(tei_shape(&ranked, texts)).into_response());
     }
     let texts = texts.into_iter().map(|text| (request.return_documents != Some(false)).then_some(text)).collect();
-    serde_json::to_value(jina_shape(&rewards, &ranked, texts)).map(Json).map_err(|_| ApiError::internal())
+    Ok(Json(jina_shape(&rewards, &ranked, texts)).into_response())
 }
 
-fn tei_shape(ranked: &[(usize, f32)], mut texts: Vec<Option<String>>) -> Value {
-    let item = |(index, score): &(usize, f32)| match texts[*index].take() {
-        Some(text) => json!({"index": index, "score": score, "text": text}),
-        None => json!({"index": index, "score": score}),
-    };
-    Value::Array(ranked.iter().map(item).collect())
+fn tei_shape(ranked: &[(usize, f32)], mut texts: Vec<Option<String>>) -> Vec<TeiRank> {
+    let item = |(index, score): &(usize, f32)| TeiRank { index: *index, score: *score, text: texts[*index].take() };
+    ranked.iter().map(item).collect()
 }
 
 fn jina_shape(rewards: &Rewards, ranked: &[(usize, f32)], mut texts: Vec<Option<String>>) -> RerankResponse {

@@ -128,7 +128,7 @@ impl From<Reward> for RewardItem {
               (status = "5XX", body = ErrorResponse)))]
 pub async fn rewards(State(state): State<AppState>, body: JsonBody) -> ApiResult<Json<RewardResponse>> {
     let request = body.decode::<RewardRequest>()?.into_request()?;
-    let rewards = score(&state, request).await?;
+    let rewards = score(&state, request, None).await?;
     Ok(Json(RewardResponse {
         object: "list",
         model: rewards.model.name.clone(),
@@ -138,18 +138,28 @@ pub async fn rewards(State(state): State<AppState>, body: JsonBody) -> ApiResult
     }))
 }
 
-/// Scores, and refuses to pass on what JSON cannot hold.
+/// Scores, and refuses to pass on what JSON cannot hold. `field` is how the route calls its inputs, where not as here.
 ///
 /// # Errors
 /// As the service; 500 for a reward that is no number.
-pub async fn score(state: &AppState, request: ScoreRequest) -> ApiResult<Rewards> {
-    let rewards = state.service().score(request).await?;
+pub async fn score(state: &AppState, request: ScoreRequest, field: Option<&str>) -> ApiResult<Rewards> {
+    let rewards = state.service().score(request).await.map_err(|error| blamed(error.into(), field))?;
     let finite = |reward: &Reward| reward.reward.is_finite() && reward.all.iter().flatten().all(|one| one.is_finite());
     if rewards.data.iter().all(finite) {
         return Ok(rewards);
     }
     tracing::error!(model = rewards.model.name, "a reward is not a number");
     Err(ApiError::internal())
+}
+
+/// Blames `field`, which holds the inputs, instead of the service's name for them.
+pub fn blamed(mut error: ApiError, field: Option<&str>) -> ApiError {
+    if let (Some(field), Some(param)) = (field, &mut error.body.param)
+        && ["input", "messages", "prompt", "completions"].iter().any(|name| param.starts_with(name))
+    {
+        *param = field.to_string();
+    }
+    error
 }
 
 impl RewardRequest {

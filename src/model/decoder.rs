@@ -69,6 +69,12 @@ impl Decoder {
         Ok(Self { embedding, norms, layers, table, eps: config.rms_eps })
     }
 
+    /// Rotates by `table` instead of the frequencies that follow from `rope_theta`.
+    #[must_use]
+    pub fn with_rope(self, table: RopeTable) -> Self {
+        Self { table, ..self }
+    }
+
     /// The embedding `[vocab, hidden]`, which a tied head shares.
     pub fn embedding(&self) -> &Tensor {
         &self.embedding

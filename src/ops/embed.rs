@@ -36,3 +36,32 @@ impl CustomOp2 for Embed {
         Ok((CpuStorage::F32(out), Shape::from((count, width))))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::*;
+    use crate::ops::samples::{check_bits, floats, tensor};
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn rows_are_those_of_the_weight() {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let weight = tensor(1, (10, 7)).to_dtype(dtype).unwrap();
+            let rows = floats(&weight);
+            let ids = [9u32, 0, 3, 3];
+            let got = embed(&Tensor::new(&ids, &Device::Cpu).unwrap(), &weight).unwrap();
+            assert_eq!((got.dims(), got.dtype()), (&[4, 7][..], DType::F32));
+            let expected: Vec<f32> = ids.iter().flat_map(|&id| rows[id as usize * 7..][..7].to_vec()).collect();
+            check_bits("rows", &floats(&got), &expected);
+        }
+    }
+
+    #[test]
+    fn an_id_outside_of_the_vocabulary_is_an_error() {
+        let ids = Tensor::new(&[1u32, 10], &Device::Cpu).unwrap();
+        let error = embed(&ids, &tensor(1, (10, 7))).unwrap_err().to_string();
+        assert!(error.contains("token id 10"), "{error}");
+    }
+}

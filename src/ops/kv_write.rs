@@ -54,3 +54,41 @@ impl InplaceOp2 for KvWrite<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::*;
+    use crate::ops::samples::{check_bits, floats, tensor};
+
+    #[test]
+    fn rows_land_in_their_slots_and_nowhere_else() {
+        let (blocks, kv_heads, block_size, head_dim) = (5, 2, 4, 3);
+        let cache = tensor(1, (blocks, kv_heads, block_size, head_dim));
+        let src = tensor(2, (3, kv_heads, head_dim));
+        let slots = [19u32, 0, 6];
+        let (mut expected, rows) = (floats(&cache), floats(&src));
+        for (row, &slot) in slots.iter().enumerate() {
+            for head in 0..kv_heads {
+                let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
+                let at = ((block * kv_heads + head) * block_size + offset) * head_dim;
+                expected[at..at + head_dim].copy_from_slice(&rows[(row * kv_heads + head) * head_dim..][..head_dim]);
+            }
+        }
+        kv_write(&cache, &src, &slots).unwrap();
+        check_bits("cache", &floats(&cache), &expected);
+    }
+
+    #[test]
+    fn wrong_inputs_are_errors_and_write_nothing() {
+        let cache = tensor(1, (5, 2, 4, 3));
+        let before = floats(&cache);
+        let src = tensor(2, (3, 2, 3));
+        assert!(kv_write(&cache, &src, &[0, 1, 20]).unwrap_err().to_string().contains("slot 20"));
+        assert!(kv_write(&cache, &src, &[0, 1]).is_err());
+        assert!(kv_write(&cache, &tensor(2, (3, 3, 2)), &[0, 1, 2]).is_err());
+        assert!(kv_write(&cache.transpose(1, 2).unwrap(), &tensor(2, (3, 4, 3)), &[0, 1, 2]).is_err());
+        check_bits("cache", &floats(&cache), &before);
+    }
+}

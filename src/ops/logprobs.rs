@@ -96,8 +96,8 @@ mod tests {
         let logits: Vec<f32> = (0..1000).map(|i| ((i * 7919) % 1009) as f32 * 0.03 - 11.0).collect();
         let total: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
         let log_softmax = LogSoftmax::new(&logits).unwrap();
-        for token in 0..1000 {
-            let expected = f64::from(logits[token]) - total.ln();
+        for (token, &logit) in logits.iter().enumerate() {
+            let expected = f64::from(logit) - total.ln();
             assert!((f64::from(log_softmax.at(token as u32).unwrap()) - expected).abs() < 2e-6);
         }
     }

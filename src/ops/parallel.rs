@@ -56,12 +56,7 @@ pub(super) fn for_each_chunk(data: &mut [f32], len: usize, body: impl Fn(usize, 
     });
 }
 
-static POOL: Pool = Pool {
-    threads: AtomicUsize::new(0),
-    workers: Mutex::new(Vec::new()),
-    gate: AtomicU64::new(0),
-    task: AtomicPtr::new(std::ptr::null_mut()),
-};
+static POOL: Pool = Pool::new();
 
 /// `gate` is one word: number of the loop (upper 32 bits), free seats (16), workers inside (16). A worker may look at `task`
 /// only after it took a seat; the caller withdraws the free seats when its own share is done and leaves when nobody is inside.
@@ -122,6 +117,15 @@ impl Task<'_> {
 }
 
 impl Pool {
+    const fn new() -> Self {
+        Self {
+            threads: AtomicUsize::new(0),
+            workers: Mutex::new(Vec::new()),
+            gate: AtomicU64::new(0),
+            task: AtomicPtr::new(std::ptr::null_mut()),
+        }
+    }
+
     /// Runs a loop with at most `helpers` workers; false, and nothing done, where another loop is running.
     fn run(&'static self, count: usize, helpers: usize, body: &(dyn Fn(usize) + Sync)) -> bool {
         let mut workers = match self.workers.try_lock() {
@@ -232,5 +236,110 @@ impl Pool {
             }
             parked.store(false, Ordering::Relaxed);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::*;
+    use std::sync::Barrier;
+
+    #[track_caller]
+    fn check_each_once(count: usize, run: impl Fn(&(dyn Fn(usize) + Sync))) {
+        let visits: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+        run(&|index| {
+            visits[index].fetch_add(1, Ordering::Relaxed);
+        });
+        assert!(visits.iter().all(|visits| visits.load(Ordering::Relaxed) == 1), "{count} indices");
+    }
+
+    fn pool() -> &'static Pool {
+        Box::leak(Box::new(Pool::new()))
+    }
+
+    #[test]
+    fn every_index_is_visited_once() {
+        let pool = pool();
+        for helpers in [1, 2, 7, 1, 3] {
+            for count in [0, 1, 2, 3, 100, 5000] {
+                check_each_once(count, |body| assert!(pool.run(count, helpers, body)));
+                check_each_once(count, |body| for_each(count, body));
+            }
+        }
+    }
+
+    #[test]
+    fn many_callers_and_nested_loops_do_not_wait_for_each_other() {
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for count in 0..200 {
+                        check_each_once(count, |body| for_each(count, body));
+                    }
+                    check_each_once(30 * 30, |body| for_each(30, |i| for_each(30, |j| body(30 * i + j))));
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn workers_take_part() {
+        let pool = pool();
+        for _ in 0..200 {
+            // Three threads or this never ends.
+            let all = Barrier::new(3);
+            assert!(pool.run(3, 2, &|_| {
+                all.wait();
+            }));
+        }
+    }
+
+    #[test]
+    fn a_taken_pool_is_left_alone() {
+        let pool = pool();
+        assert!(pool.run(4, 2, &|_| assert!(!pool.run(4, 2, &|_| unreachable!()))));
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_from_any_thread_and_the_pool_goes_on() {
+        let pool = pool();
+        let caller = std::thread::current().id();
+        for round in 0..100 {
+            let both = Barrier::new(2);
+            let caught = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(50, 1, &|index| {
+                    if index < 2 {
+                        both.wait();
+                        // In turn: on the caller, on the worker, on both.
+                        let here = std::thread::current().id() == caller;
+                        if round % 3 == 2 || here == (round % 3 == 0) {
+                            std::panic::panic_any(round);
+                        }
+                    }
+                })
+            }));
+            assert_eq!(caught.unwrap_err().downcast_ref(), Some(&round));
+            check_each_once(20, |body| assert!(pool.run(20, 1, body)));
+        }
+    }
+
+    #[test]
+    fn chunks_cover_a_slice() {
+        for (len, chunk) in [(0, 3), (1, 3), (9, 3), (10, 3), (10, 100), (5, 0)] {
+            let mut data = vec![0.0; len];
+            for_each_chunk(&mut data, chunk, |index, chunk| chunk.iter_mut().for_each(|x| *x += 1.0 + index as f32));
+            let expected: Vec<f32> = (0..len).map(|i| 1.0 + (i / chunk.max(1)) as f32).collect();
+            assert_eq!(data, expected);
+        }
+    }
+
+    #[test]
+    fn at_least_one_thread_runs() {
+        let before = threads();
+        set_threads(0);
+        assert!(threads() >= 1);
+        set_threads(before);
     }
 }

@@ -144,3 +144,57 @@ fn inverse_rms<I: Isa>(isa: I, x: &[f32], eps: f32) -> f32 {
     }
     1.0 / (isa.sum(sum) / x.len() as f32 + eps).sqrt()
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::*;
+    use crate::ops::samples::{check_bits, check_close, floats, tensor};
+    use candle_core::DType;
+
+    fn naive(x: &Tensor, weight: &Tensor, eps: f64) -> Vec<f64> {
+        let weight = floats(weight);
+        let row = |row: &[f32]| {
+            let mean = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / row.len() as f64;
+            let scale = |(x, w): (&f32, &f32)| f64::from(*x) / (mean + eps).sqrt() * f64::from(*w);
+            row.iter().zip(&weight).map(scale).collect::<Vec<_>>()
+        };
+        floats(x).chunks(weight.len()).flat_map(row).collect()
+    }
+
+    #[test]
+    fn values_are_those_of_the_formula() {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            for width in [1, 7, 16, 17, 768] {
+                let (x, residual) = (tensor(1, (9, width)), tensor(2, (9, width)));
+                let weight = tensor(3, width).to_dtype(dtype).unwrap();
+                let got = floats(&rms_norm(&x, &weight, 1e-2).unwrap());
+                check_close("alone", &got, &naive(&x, &weight, 1e-2), 3e-6);
+                let (sum, normed) = add_rms_norm(&x, &residual, &weight, 1e-2).unwrap();
+                check_bits("sum", &floats(&sum), &floats(&(x + residual).unwrap()));
+                check_bits("after a sum", &floats(&normed), &floats(&rms_norm(&sum, &weight, 1e-2).unwrap()));
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_in_every_batch_and_on_every_body() {
+        let (x, weight) = (tensor(1, (11, 100)), tensor(2, 100));
+        let all = floats(&rms_norm(&x, &weight, 1e-5).unwrap());
+        for body in Body::all() {
+            for row in 0..11 {
+                let one = x.narrow(0, row, 1).unwrap().apply_op2(&weight, RmsNorm { eps: 1e-5, body }).unwrap();
+                check_bits(&format!("row {row}"), &floats(&one), &all[row * 100..][..100]);
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_inputs_are_errors() {
+        let x = tensor(1, (3, 4));
+        assert!(rms_norm(&x, &tensor(1, 5), 1e-5).is_err());
+        assert!(rms_norm(&x.t().unwrap(), &tensor(1, 3), 1e-5).is_err());
+        assert!(add_rms_norm(&x, &tensor(1, (2, 4)), &tensor(1, 4), 1e-5).is_err());
+    }
+}

@@ -21,13 +21,19 @@ impl RopeTable {
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err(Error::Unsupported(format!("rotary embedding with head_dim {head_dim}, which is not even")));
         }
-        let half = head_dim / 2;
         let frequency = |i: usize| 1.0 / (theta as f32).powf(2.0 * i as f32 / head_dim as f32);
-        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
+        let frequencies: Vec<f32> = (0..head_dim / 2).map(frequency).collect();
+        Self::with_frequencies(&frequencies, positions_max, device)
+    }
+
+    /// The table for other frequencies, `[head_dim / 2]` in radians for each position.
+    pub fn with_frequencies(frequencies: &[f32], positions_max: usize, device: &Device) -> Result<Self> {
+        let half = frequencies.len();
+        let head_dim = 2 * half;
         let mut table = vec![0.0; positions_max * head_dim];
         for_each_chunk(&mut table, head_dim, |position, row| {
             let (cos, sin) = row.split_at_mut(half);
-            for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(&frequencies) {
+            for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(frequencies) {
                 let angle = f64::from(position as f32 * frequency);
                 *cos = angle.cos() as f32;
                 *sin = angle.sin() as f32;
@@ -95,5 +101,58 @@ fn rotate(x: &[f32], turn: &[f32], out: &mut [f32]) {
     for i in 0..half {
         out_low[i] = low[i] * cos[i] - high[i] * sin[i];
         out_high[i] = high[i] * cos[i] + low[i] * sin[i];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::*;
+    use crate::ops::samples::{check_bits, check_close, floats, tensor};
+
+    #[test]
+    fn values_are_those_of_the_formula() {
+        let (heads, head_dim, theta) = (3, 20, 10_000.0);
+        let positions = [0u32, 1, 99, 7];
+        let x = tensor(1, (4, heads, head_dim));
+        let table = RopeTable::new(head_dim, theta, 100, &Device::Cpu).unwrap();
+        let ids = Tensor::new(&positions, &Device::Cpu).unwrap();
+        let got = floats(&rope(&x, &ids, &table).unwrap());
+        let x = floats(&x);
+        let turned = |index: usize| {
+            let (row, i) = (index / (heads * head_dim), index % head_dim);
+            let half = head_dim / 2;
+            let angle = f64::from(positions[row]) * theta.powf(-2.0 * (i % half) as f64 / head_dim as f64);
+            let other = if i < half { -x[index + half] } else { x[index - half] };
+            f64::from(x[index]) * angle.cos() + f64::from(other) * angle.sin()
+        };
+        check_close("rope", &got, &(0..x.len()).map(turned).collect::<Vec<_>>(), 1e-5);
+        check_bits("position 0", &got[..heads * head_dim], &x[..heads * head_dim]);
+    }
+
+    #[test]
+    fn rotation_keeps_scores_of_equal_distance() {
+        let table = RopeTable::new(8, 100.0, 50, &Device::Cpu).unwrap();
+        let at = |seed, position: u32| {
+            let position = Tensor::new(&[position], &Device::Cpu).unwrap();
+            floats(&rope(&tensor(seed, (1, 1, 8)), &position, &table).unwrap())
+        };
+        let score = |q, k| at(1, q).iter().zip(at(2, k)).map(|(q, k)| f64::from(q * k)).sum::<f64>();
+        assert!((score(5, 2) - score(43, 40)).abs() < 1e-5);
+        assert!((score(5, 2) - score(43, 41)).abs() > 1e-3);
+    }
+
+    #[test]
+    fn wrong_inputs_are_errors() {
+        assert!(RopeTable::new(7, 10_000.0, 4, &Device::Cpu).is_err());
+        let table = RopeTable::new(8, 10_000.0, 4, &Device::Cpu).unwrap();
+        let x = tensor(1, (1, 2, 8));
+        let at = |positions: &[u32]| Tensor::new(positions, &Device::Cpu).unwrap();
+        assert!(rope(&x, &at(&[3]), &table).is_ok());
+        assert!(rope(&x, &at(&[4]), &table).unwrap_err().to_string().contains("position 4"));
+        assert!(rope(&x, &at(&[1, 2]), &table).is_err());
+        assert!(rope(&tensor(1, (1, 2, 6)), &at(&[1]), &table).is_err());
+        assert!(rope(&x.transpose(1, 2).unwrap(), &at(&[1]), &table).is_err());
     }
 }

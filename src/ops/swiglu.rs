@@ -67,3 +67,36 @@ fn silu_times<I: Isa>(isa: I, gate: I::V, up: I::V) -> I::V {
     let decay = isa.exp(isa.sub(isa.splat(0.0), gate));
     isa.mul(isa.div(gate, isa.add(one, decay)), up)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::*;
+    use crate::ops::samples::{check_bits, check_close, floats, tensor};
+
+    #[test]
+    fn values_are_those_of_the_formula_and_the_same_bits_on_every_body() {
+        for width in [1, 7, 16, 17, 100] {
+            let x = (tensor(width as u64, (5, 2 * width)) * 20.0).unwrap();
+            let got = floats(&swiglu(&x).unwrap());
+            let silu = |x: f64| x / (1.0 + (-x).exp());
+            let expected: Vec<f64> = floats(&x)
+                .chunks(2 * width)
+                .flat_map(|row| (0..width).map(|i| silu(row[i].into()) * f64::from(row[width + i])).collect::<Vec<_>>())
+                .collect();
+            check_close(&format!("width {width}"), &got, &expected, 1e-4);
+            for body in Body::all() {
+                check_bits("body", &floats(&x.apply_op1(Swiglu { body }).unwrap()), &got);
+            }
+            let last = floats(&swiglu(&x.narrow(0, 4, 1).unwrap()).unwrap());
+            check_bits("one row", &last, &got[4 * width..]);
+        }
+    }
+
+    #[test]
+    fn wrong_inputs_are_errors() {
+        assert!(swiglu(&tensor(1, (2, 5))).is_err());
+        assert!(swiglu(&tensor(1, (6, 4)).t().unwrap()).is_err());
+    }
+}

@@ -14,7 +14,7 @@ use crate::ops::sample::{Filters, pick, uniform};
 ///
 /// # Errors
 /// [`Error::Internal`] if the logits are no distribution; [`Error::Invalid`] if a parameter is out of range.
-pub fn draw(logits: &[f32], draw: &Draw) -> Result<(TokenId, Option<TokenLogProb>)> {
+pub(super) fn draw(logits: &[f32], draw: &Draw) -> Result<(TokenId, Option<TokenLogProb>)> {
     let params = draw.params.as_ref();
     let filters =
         Filters { temperature: params.temperature, top_k: params.top_k, top_p: params.top_p, min_p: params.min_p };
@@ -27,7 +27,7 @@ pub fn draw(logits: &[f32], draw: &Draw) -> Result<(TokenId, Option<TokenLogProb
 ///
 /// # Errors
 /// [`Error::Internal`] if the logits are no distribution; [`Error::Invalid`] if `token` is outside the vocabulary.
-pub fn logprob(logits: &[f32], token: TokenId, top: usize) -> Result<TokenLogProb> {
+pub(super) fn logprob(logits: &[f32], token: TokenId, top: usize) -> Result<TokenLogProb> {
     let log_softmax = LogSoftmax::new(logits)?;
     Ok(TokenLogProb { token, logprob: log_softmax.at(token)?, top: log_softmax.top(top) })
 }

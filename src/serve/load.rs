@@ -6,6 +6,8 @@ use std::{
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
+use candle_core::Device;
+
 use super::{memory::MemoryPlan, progress::ProgressLine};
 use crate::{
     checkpoint::{self, Checkpoint, HubOptions, Source},
@@ -33,7 +35,6 @@ pub(super) fn load(kind: Kind, config: &Config, metrics: &Metrics) -> Result<(Se
     };
     let name = name.clone().unwrap_or_else(|| checkpoint.name.clone());
     let tokenizer = Arc::new(tokenizer(&checkpoint)?);
-    checkpoint.check_token_ids(u32::try_from(tokenizer.vocab_size().saturating_sub(1)).map_err(Error::internal)?)?;
     let template = Arc::new(template(&checkpoint)?);
 
     let weight_bytes = checkpoint.headers().iter().map(|tensor| tensor.bytes).sum();
@@ -68,21 +69,29 @@ pub(super) fn load(kind: Kind, config: &Config, metrics: &Metrics) -> Result<(Se
     Ok((model, thread))
 }
 
-fn open(kind: Kind, config: &Config) -> Result<Checkpoint> {
+/// The checkpoint of the policy or the reward model of `config`.
+///
+/// # Errors
+/// As [`checkpoint::open`].
+pub(super) fn open(kind: Kind, config: &Config) -> Result<Checkpoint> {
     let (source, revision) = match kind {
         Kind::Policy => (&config.model, &config.hub.revision),
         Kind::Reward => (&config.reward_model, &config.hub.reward_revision),
     };
-    let environment = HubOptions::from_env();
-    let offline = config.hub.offline || environment.offline;
-    let options = HubOptions { revision: revision.clone(), offline, ..environment };
+    let mut options = HubOptions::from_env();
+    options.revision.clone_from(revision);
+    options.offline |= config.hub.offline;
+    open_source(source, &options)
+}
+
+fn open_source(source: &str, options: &HubOptions) -> Result<Checkpoint> {
     let mut line = ProgressLine::start();
-    let checkpoint = checkpoint::open(&Source::parse(source)?, &options, &mut |progress| line.show(progress));
+    let checkpoint = checkpoint::open(&Source::parse(source)?, options, &mut |progress| line.show(progress));
     line.end();
     checkpoint
 }
 
-fn check_kind(kind: Kind, checkpoint: &Checkpoint) -> Result<()> {
+pub(super) fn check_kind(kind: Kind, checkpoint: &Checkpoint) -> Result<()> {
     match (kind, checkpoint.config.head) {
         (Kind::Policy, HeadKind::Language) | (Kind::Reward, HeadKind::Reward) => Ok(()),
         (Kind::Policy, HeadKind::Reward) => {
@@ -95,7 +104,7 @@ fn check_kind(kind: Kind, checkpoint: &Checkpoint) -> Result<()> {
     }
 }
 
-fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+pub(super) fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
     let facts = &checkpoint.tokenizer_config;
     let special = SpecialTokens {
         bos: facts.bos_token.clone(),
@@ -103,10 +112,12 @@ fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
         unk: facts.unk_token.clone(),
         add_bos: facts.add_bos_token,
     };
-    Tokenizer::from_json(&checkpoint.tokenizer_json, &special)
+    let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json, &special)?;
+    checkpoint.check_token_ids(u32::try_from(tokenizer.vocab_size().saturating_sub(1)).map_err(Error::internal)?)?;
+    Ok(tokenizer)
 }
 
-fn template(checkpoint: &Checkpoint) -> Result<ChatTemplate> {
+pub(super) fn template(checkpoint: &Checkpoint) -> Result<ChatTemplate> {
     match &checkpoint.tokenizer_config.chat_template {
         Some(source) => ChatTemplate::from_source(checkpoint.name.clone(), source),
         None => ChatTemplate::built_in(),
@@ -120,12 +131,24 @@ fn eos_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Vec<u32> {
 
 fn runner(checkpoint: &Checkpoint, plan: &MemoryPlan) -> Result<Runner> {
     let device = device::open();
-    let mut line = ProgressLine::start();
-    let weights = checkpoint.load_weights(&device, &mut |progress| line.show(progress));
-    line.end();
-    let model = Model::load(checkpoint.config.clone(), weights?, &device)?;
+    let model = load_model(checkpoint, &device)?;
     let cache = KvCache::new(&checkpoint.config, plan.block_count, plan.block_size, &device)?;
     Ok(Runner::new(model, cache))
+}
+
+fn load_model(checkpoint: &Checkpoint, device: &Device) -> Result<Model> {
+    let mut line = ProgressLine::start();
+    let weights = checkpoint.load_weights(device, &mut |progress| line.show(progress));
+    line.end();
+    Model::load(checkpoint.config.clone(), weights?, device)
+}
+
+/// The model that `source` names, without tokenizer and engine.
+///
+/// # Errors
+/// A checkpoint that cannot be had or is damaged.
+pub fn model(source: &str) -> Result<Model> {
+    load_model(&open_source(source, &HubOptions::from_env())?, &device::open())
 }
 
 /// Runs a stage of the start and records how long it took.

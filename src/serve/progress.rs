@@ -6,6 +6,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::checkpoint::Progress;
 
+/// Less is there before anybody can read about it.
+const WORTH_A_LINE: u64 = 64 << 20;
+
 /// One line of progress on stderr, for one file after the other.
 #[derive(Debug)]
 pub struct ProgressLine {
@@ -37,8 +40,7 @@ impl ProgressLine {
             return;
         }
         let tenths = done.saturating_mul(10) / total.max(1);
-        // What is loaded within one portion needs no line.
-        if tenths > self.tenths && !(self.tenths == 0 && tenths == 10) {
+        if total >= WORTH_A_LINE && tenths > self.tenths {
             tracing::info!("{what}: {} of {} MiB", done >> 20, total >> 20);
         }
         self.tenths = tenths;

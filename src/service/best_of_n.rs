@@ -238,14 +238,7 @@ impl AnswerRule {
             Self::Boxed => Extractor::Boxed,
             Self::LastNumber => Extractor::LastNumber,
             Self::Regex(pattern) => {
-                if pattern.len() > PATTERN_BYTES_MAX {
-                    let message = format!("rerank.answer: the pattern has more than {PATTERN_BYTES_MAX} bytes");
-                    return Err(Error::invalid("rerank.answer", message));
-                }
-                let compiled = regex::RegexBuilder::new(pattern).size_limit(PATTERN_SIZE_MAX).build();
-                Extractor::Regex(compiled.map_err(|error| {
-                    Error::invalid("rerank.answer", format!("rerank.answer: not a usable pattern: {error}"))
-                })?)
+                Extractor::regex(pattern).map_err(|error| Error::invalid("rerank.answer", error.to_string()))?
             }
         })
     }
@@ -253,11 +246,6 @@ impl AnswerRule {
 
 /// How long a finished candidate waits for a reward model that others keep full: drawing it again would cost more.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Bytes of an answer pattern.
-const PATTERN_BYTES_MAX: usize = 1024;
-/// Bytes of a compiled answer pattern.
-const PATTERN_SIZE_MAX: usize = 1 << 20;
-
 /// How a request will be decided.
 struct Plan {
     strategy: Strategy,

@@ -177,3 +177,152 @@ fn squeezed(text: &str) -> String {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[track_caller]
+    fn same(answers: &[&str], key: &str) {
+        for answer in answers {
+            assert_eq!(Answer::new(answer).key(), key, "{answer:?}");
+        }
+    }
+
+    #[track_caller]
+    fn found(extractor: &Extractor, text: &str, answer: Option<&str>) {
+        assert_eq!(extractor.extract(text).as_ref().map(Answer::text), answer, "{text:?}");
+    }
+
+    #[test]
+    fn equal_numbers_have_one_key() {
+        same(
+            &[
+                "1/2",
+                "0.5",
+                ".50",
+                "0.500",
+                "\\frac{1}{2}",
+                "\\dfrac12",
+                "\\tfrac{1}2",
+                "50\\%",
+                "50%",
+                " $\\frac 12$. ",
+            ],
+            "1/2",
+        );
+        same(
+            &["2/4", "+0.5", "x = 0.5", "x=\\frac{1}{2}", "5e-1", "\\text{0.5}", "\\left\\frac12\\right", "-1/-2"],
+            "1/2",
+        );
+        same(&["1000", "1,000", "1{,}000", "$1,000$", "\\$1,000.00", "1e3", "1000.", "1\\,000", "1,000,"], "1000");
+        same(&["-3/4", "-0.75", "\\frac{-3}{4}", "-\\frac{3}{4}", "\u{2212}0.75", "- 0.75", "-75\\%"], "-3/4");
+        same(&["3/2", "1\\frac{1}{2}", "1 1/2", "1.5", "150%"], "3/2");
+        same(&["-3/2", "-1\\frac12", "-1 1/2"], "-3/2");
+        same(&["0", "-0", "0.0", "0/7", "00", "+0"], "0");
+        same(&["90", "90^\\circ", "90^{\\circ}"], "90");
+        same(&["170141183460469231731687303715884105727"], "170141183460469231731687303715884105727");
+    }
+
+    #[test]
+    fn other_answers_are_compared_as_text() {
+        same(&["2*6-1", "2 * 6 - 1", "$2*6 - 1$", "2*6-1."], "2*6-1");
+        same(&["\\text{(A)}", "(a)", "\\mathrm{(A)} "], "(a)");
+        same(&["\\frac12\\pi", "\\dfrac{1}{2}\\pi"], "\\frac{1}{2}\\pi");
+        same(&["\\sqrt2", "\\sqrt{2}"], "\\sqrt{2}");
+        same(&["(1, 2)", "\\left(1,2\\right)"], "(1,2)");
+        let apart = [
+            "11",
+            "2*6-1",
+            "3 4",
+            "34",
+            "1/0",
+            "1,2",
+            "12",
+            "1.2.3",
+            "5!",
+            "5",
+            "\\leftarrow",
+            "\\rightarrow",
+            "x=y=5",
+            "7 3/4",
+            "73/4",
+            "0x10",
+            "1e999",
+            "1e998",
+            "--5",
+            "1,00",
+            "100",
+            "1,0000",
+            "e5",
+            "%",
+            ".",
+            "1/2/3",
+            "3\\%\\%",
+        ];
+        for (index, left) in apart.iter().enumerate() {
+            for right in &apart[index + 1..] {
+                assert!(!Answer::new(left).same(&Answer::new(right)), "{left:?} {right:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_too_large_are_text() {
+        same(&["340282366920938463463374607431768211456"], "340282366920938463463374607431768211456");
+        same(&["1e400"], "1e400");
+        same(&["1/340282366920938463463374607431768211456"], "1/340282366920938463463374607431768211456");
+        let tiny = format!("0.{}1", "0".repeat(60));
+        same(&[&tiny], &tiny);
+        same(&[&format!("0.5{}", "0".repeat(60))], "1/2");
+    }
+
+    #[test]
+    fn the_box_that_opens_last_and_is_closed_holds_the_answer() {
+        let boxed = Extractor::Boxed;
+        found(&boxed, "so \\boxed{3} or \\boxed{\\frac{1}{2}}.", Some("\\frac{1}{2}"));
+        found(&boxed, "\\fbox{ 7 } then \\boxed{8", Some("7"));
+        found(&boxed, "\\boxed {a{b}c} }{", Some("a{b}c"));
+        found(&boxed, "\\boxed{\\boxed{4}}", Some("4"));
+        found(&boxed, "\\boxed{\\{1, 2\\}}", Some("\\{1, 2\\}"));
+        found(&boxed, "\\boxed{x \\left\\{ 1 \\right.}", Some("x \\left\\{ 1 \\right."));
+        found(&boxed, "\\boxed{5} \\boxed{}", Some("5"));
+        found(&boxed, "boxed{5} {6} \\unboxed{7}", None);
+        found(&boxed, "", None);
+        let long = "\\boxed{".repeat(50_000);
+        found(&boxed, &long, None);
+    }
+
+    #[test]
+    fn the_last_number_is_found_whole() {
+        let number = Extractor::LastNumber;
+        found(&number, "We get 12 and then 1,234.50 dollars.", Some("1,234.50"));
+        found(&number, "5-3", Some("3"));
+        found(&number, "it is -3.", Some("-3"));
+        found(&number, "(-3)", Some("-3"));
+        found(&number, "x=-.5 %", Some("-.5"));
+        found(&number, "half, 1/2!", Some("1/2"));
+        found(&number, "so \\dfrac{-3}{4}$ of it", Some("\\dfrac{-3}{4}"));
+        found(&number, "about 50\\% of it", Some("50\\%"));
+        found(&number, "2.5e-3 m", Some("2.5e-3"));
+        found(&number, "1, 2, 3,4", Some("4"));
+        found(&number, "2,0000", Some("0000"));
+        found(&number, "数 7 数", Some("7"));
+        found(&number, "none . , - /", None);
+    }
+
+    #[test]
+    fn a_pattern_gives_its_first_group_in_the_last_match() {
+        let pattern = Extractor::regex(r"answer is (\w+)").unwrap();
+        found(&pattern, "the answer is one, no, the answer is two.", Some("two"));
+        found(&Extractor::regex(r"\d+").unwrap(), "1 22 333 x", Some("333"));
+        found(&Extractor::regex(r"(a)|b").unwrap(), "a b", Some("b"));
+        found(&Extractor::regex(r"x*").unwrap(), "", None);
+        let far = format!("answer is one {}", "数".repeat(6000));
+        found(&pattern, &far, None);
+        for pattern in ["(", "(?:a{1000}){1000}", &"a".repeat(1025)] {
+            assert!(matches!(Extractor::regex(pattern), Err(Error::Invalid { .. })), "{}", pattern.len());
+        }
+    }
+}

@@ -387,3 +387,128 @@ fn strings<'a>(value: &'a serde_json::Value, out: &mut Vec<&'a str>) {
         _ => {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use crate::text::tokenizer::SpecialTokens;
+
+    fn tokenizer() -> Tokenizer {
+        let json = include_str!("../../models/eurus-mini/policy/tokenizer.json");
+        let special =
+            SpecialTokens { bos: Some("<s>".to_owned()), eos: Some("</s>".to_owned()), unk: None, add_bos: None };
+        Tokenizer::from_json(json, &special).unwrap()
+    }
+
+    fn turns(contents: &[&str]) -> Vec<Message> {
+        let roles = ["user", "assistant"].into_iter().cycle();
+        roles.zip(contents).map(|(role, content)| Message::new(role, *content)).collect()
+    }
+
+    fn rendered(source: &str, contents: &[&str], ending: Ending) -> Result<String> {
+        let template = ChatTemplate::from_source("test", source)?;
+        Ok(template.render(&turns(contents), &tokenizer(), &RenderOptions::new(ending))?.text)
+    }
+
+    #[track_caller]
+    fn refused(source: &str, contents: &[&str], ending: Ending, expected: &str) {
+        match rendered(source, contents, ending) {
+            Err(Error::Invalid { message, field }) => {
+                assert_eq!(field.as_deref(), Some("messages"));
+                assert!(message.contains(expected), "{message}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[track_caller]
+    fn built_in(messages: &[Message], ending: Ending, expected: &str) {
+        let template = ChatTemplate::built_in().unwrap();
+        let rendered = template.render(messages, &tokenizer(), &RenderOptions::new(ending)).unwrap();
+        assert_eq!(rendered, Rendered { text: expected.to_owned(), as_text: Vec::new() });
+    }
+
+    #[test]
+    fn the_built_in_template_prints_mistral_turns() {
+        built_in(&turns(&["q"]), Ending::Prompt, "<s>[INST] q [/INST]");
+        built_in(&turns(&["q", "a", " r\n"]), Ending::Prompt, "<s>[INST] q [/INST] a</s>[INST]  r\n [/INST]");
+        built_in(&turns(&["q", "a"]), Ending::Complete, "<s>[INST] q [/INST] a</s>");
+        built_in(&turns(&["q", "a"]), Ending::Answer, "<s>[INST] q [/INST] a");
+        built_in(&turns(&["q", " a "]), Ending::Continue, "<s>[INST] q [/INST]  a ");
+        built_in(&turns(&["q"]), Ending::Continue, "<s>[INST] q");
+        let template = ChatTemplate::built_in().unwrap();
+        let options = RenderOptions::new(Ending::Prompt);
+        let wrong = [
+            vec![Message::new("assistant", "a")],
+            vec![Message::new("system", "s"), Message::new("user", "q")],
+            vec![Message::new("user", "q"), Message::new("user", "q")],
+            vec![Message::new("user", "q"), Message::new("tool", "q")],
+        ];
+        for messages in wrong {
+            let message = "roles must alternate, user first: user, assistant, user, ... (no system role)";
+            assert_eq!(template.render(&messages, &tokenizer(), &options), Err(Error::invalid("messages", message)));
+        }
+    }
+
+    #[test]
+    fn a_template_that_trims_loses_trailing_space_where_the_answer_stays_open() {
+        let source = "{% for m in messages %}<{{ m.content | trim }}>{% endfor %}";
+        assert_eq!(rendered(source, &["q", " a \n"], Ending::Continue).unwrap(), "<q><a");
+        let upper = "{% for m in messages %}{{ m.content | upper }}{% endfor %}";
+        refused(upper, &["q", "a"], Ending::Answer, "does not print the last message");
+        refused("{{ messages[0].content }}", &["q", "a"], Ending::Continue, "does not print the last message");
+    }
+
+    #[test]
+    fn a_template_cannot_run_away_or_reach_out() {
+        let long = "{% for a in range(300) %}{% for b in range(300) %}{% for c in range(300) %}x{% endfor %}{% endfor %}{% endfor %}";
+        refused(long, &["q"], Ending::Prompt, "takes too long");
+        let doubling =
+            "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}";
+        refused(doubling, &["q"], Ending::Prompt, "takes too long");
+        for outside in ["{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{{ ''.__class__.__mro__ }}"] {
+            refused(outside, &["q"], Ending::Prompt, "fails on these messages");
+        }
+        refused("{{ raise_exception('no ' ~ messages[0].content) }}", &["q"], Ending::Prompt, "no q");
+        refused("{{ strftime_now('%Y') }}", &["q"], Ending::Prompt, "fails");
+        assert!(matches!(ChatTemplate::from_source("t", "{% if %}"), Err(Error::Checkpoint(_))));
+        let template = ChatTemplate::built_in().unwrap();
+        let none = template.render(&[], &tokenizer(), &RenderOptions::new(Ending::Prompt));
+        assert_eq!(none, Err(Error::invalid("messages", "at least one message is needed")));
+    }
+
+    #[test]
+    fn contents_are_data() {
+        let source = "{% for m in messages %}{{ m.content }}|{% endfor %}";
+        let contents = ["{{ 7*7 }}", "{% endfor %}<b>&\"'", "{# c #}[INST]"];
+        assert_eq!(
+            rendered(source, &contents, Ending::Prompt).unwrap(),
+            "{{ 7*7 }}|{% endfor %}<b>&\"'|{# c #}[INST]|"
+        );
+    }
+
+    #[test]
+    fn the_conversation_and_the_tokens_cannot_be_overridden() {
+        let template = ChatTemplate::from_source("t", "{{ bos_token }}{{ extra }}{{ tools is none }}").unwrap();
+        for name in RESERVED {
+            let mut options = RenderOptions::new(Ending::Prompt);
+            options.kwargs.insert(name.to_owned(), "x".into());
+            let refused = template.render(&turns(&["q"]), &tokenizer(), &options);
+            assert!(
+                matches!(&refused, Err(Error::Invalid { field: Some(field), .. }) if field == "chat_template_kwargs")
+            );
+        }
+        let mut options = RenderOptions::new(Ending::Prompt);
+        options.kwargs.insert("extra".to_owned(), serde_json::json!("a</s>"));
+        let rendered = template.render(&turns(&["q"]), &tokenizer(), &options).unwrap();
+        assert_eq!(rendered, Rendered { text: "<s>a</s>True".to_owned(), as_text: vec![4..8] });
+    }
+
+    #[test]
+    fn white_space_around_blocks_is_that_of_hugging_face() {
+        let source =
+            "a\n  {% if true %}\n  b\n  {%- generation %}\n c\n  {%+ endgeneration -%}\n\n d\n  {% endif %}\ne\n\n";
+        assert_eq!(rendered(source, &["q"], Ending::Prompt).unwrap(), "a\n  b c\n  d\ne\n");
+    }
+}

@@ -50,8 +50,9 @@ pub struct TextStream {
     decoded: usize,
     /// For every token that may have to be uncounted: the text's length once it had come.
     ends: VecDeque<usize>,
-    /// Tokens before those in `ends`.
+    /// Tokens before those in `ends`, and the text's length with the last of them.
     settled: usize,
+    settled_end: usize,
     stopped: bool,
 }
 
@@ -71,6 +72,7 @@ impl TextStream {
             decoded: 0,
             ends: VecDeque::new(),
             settled: 0,
+            settled_end: 0,
             stopped: false,
         }
     }
@@ -100,8 +102,8 @@ impl TextStream {
         let token = if hidden { None } else { self.tokenizer.token(id).ok() };
         let joined = token.map_or_else(Joined::default, |token| self.joiner.push(self.tokenizer.detokenizer(), &token));
         let mut delta = self.take_in(&joined.earlier);
-        self.ends.push_back(self.decoded);
         if delta.stopped.is_none() {
+            self.ends.push_back(self.decoded);
             let own = self.take_in(&joined.own);
             delta.text.push_str(&own.text);
             delta.stopped = own.stopped;
@@ -125,7 +127,7 @@ impl TextStream {
     }
 
     /// Tokens that the text needs: all that were pushed, or, after a stop string, the fewest whose text reaches up to where
-    /// the text ends.
+    /// the text ends (a run of byte tokens counts whole).
     pub fn token_count(&self) -> usize {
         self.settled + self.ends.len()
     }
@@ -165,7 +167,7 @@ impl TextStream {
         delta.text.truncate(delta.text.len().saturating_sub(cut));
         let end = self.decoded - cut;
         let before = self.ends.iter().take_while(|token_end| **token_end < end).count();
-        let needed = if end == 0 { 0 } else { before + 1 };
+        let needed = if self.settled_end >= end { 0 } else { before + 1 };
         self.ends.truncate(needed);
         delta.stopped = Some(stop);
         self.stopped = true;
@@ -174,9 +176,10 @@ impl TextStream {
     /// Forgets the ends of tokens whose text no stop string can cut any more.
     fn settle(&mut self) {
         let certain = self.decoded - self.held.len();
-        while self.ends.len() > 1 && !self.stopped && self.ends.front().is_some_and(|end| *end <= certain) {
-            // The last one stays: text that waits may still be added to it.
-            self.ends.pop_front();
+        // The last one stays: text that waits may still be added to it.
+        while self.ends.len() > 1 && !self.stopped {
+            let Some(end) = self.ends.pop_front_if(|end| *end <= certain) else { return };
+            self.settled_end = end;
             self.settled += 1;
         }
     }

@@ -19,6 +19,7 @@ use tower::ServiceExt;
 use fake::Setup;
 
 /// A server without a socket.
+#[derive(Clone)]
 struct Server {
     router: Router,
     state: AppState,

@@ -17,7 +17,7 @@ use crate::parity::{load_longer, runner};
 
 const MIXES: u64 = 50;
 const VOCAB: u64 = 512;
-const LEN_MAX: usize = 340;
+const LEN_MAX: usize = 350;
 const BLOCK_SIZES: [usize; 3] = [3, 8, 16];
 
 /// SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
@@ -37,8 +37,8 @@ impl Random {
         low + (self.next() % (high - low + 1) as u64) as usize
     }
 
-    fn one_in(&mut self, n: u64) -> bool {
-        self.next() % n == 0
+    fn one_in(&mut self, n: usize) -> bool {
+        self.within(1, n) == 1
     }
 
     fn pick<T: Copy>(&mut self, options: &[T]) -> T {
@@ -86,7 +86,7 @@ fn params(random: &mut Random) -> SamplingParams {
         max_tokens: random.within(1, 24),
         stop_token_ids: vec![2, random.within(3, 511) as TokenId],
         logprobs: random.pick(&[None, Some(0), Some(3)]),
-        prompt_logprobs: random.pick(&[None, None, None, Some(0), Some(2)]),
+        prompt_logprobs: random.pick(&[None, None, None, None, Some(0), Some(2)]),
         ..SamplingParams::default()
     };
     if random.one_in(3) {
@@ -110,29 +110,30 @@ fn mix(kind: Kind, random: &mut Random) -> Mix {
     let asks: Vec<Ask> = (0..count)
         .map(|_| {
             // Mostly short, sometimes long.
-            let most = random.pick(&[20, 60, 60, 300]);
+            let most = random.pick(&[10, 40, 40, 40, 40, 60, 60, 300]);
             let len = random.within(1, most);
-            let shared_len = if random.one_in(2) { random.within(0, len) } else { 0 };
+            let shared_len = if random.one_in(3) { 0 } else { random.within(len / 2, len) };
             let mut prompt = shared[..shared_len].to_vec();
             prompt.extend(random.tokens(len - shared_len));
             let task = match kind {
                 Kind::Policy => Task::Generate(Arc::new(params(random))),
                 Kind::Reward => Task::Score(random.pick(&[ScoreRows::Last, ScoreRows::Last, ScoreRows::All])),
             };
-            let leaves_after = random.one_in(6).then(|| random.within(0, 6));
+            let most = if kind == Kind::Policy { 6 } else { 0 };
+            let leaves_after = random.one_in(6).then(|| random.within(0, most));
             Ask { prompt, task, arrival: random.within(0, 12), leaves_after, patience: random.pick(&[1, 1, 1, 4, 9]) }
         })
         .collect();
     let block_size = random.pick(&BLOCK_SIZES);
     let needed = asks.iter().map(|ask| (ask.prompt.len() + 24).div_ceil(block_size)).max().unwrap();
     let limits = Limits {
-        step_tokens: random.pick(&[1, 7, 16, 33, 64, 512]),
+        step_tokens: random.pick(&[2, 7, 16, 33, 64, 512]),
         running_max: random.within(1, 8),
         waiting_max: 100,
         len_max: LEN_MAX,
     };
-    // Room for the largest alone, or for a little more.
-    let block_count = needed + random.pick(&[0, 1, 3, 10, 200]);
+    // Room for the largest alone, or for a little more: sequences that grow take blocks from each other.
+    let block_count = needed + random.pick(&[0, 0, 1, 3, 200]);
     Mix { asks, limits, block_count, block_size, threads: random.within(1, 2) }
 }
 
@@ -146,7 +147,7 @@ fn run(runner: &mut Runner, mix: &Mix) -> (Vec<Vec<Event>>, Counters) {
     for step in 0.. {
         assert!(step < 20_000, "no end: {mix:?}");
         for (ask, receiver) in mix.asks.iter().zip(&mut receivers).filter(|(ask, _)| ask.arrival == step) {
-            let (reply, events) = channel(3 + ask.patience);
+            let (reply, events) = channel(3);
             *receiver = Some(events);
             scheduler.add(Request { prompt: ask.prompt.clone(), task: ask.task.clone(), reply }).unwrap();
         }
@@ -155,30 +156,30 @@ fn run(runner: &mut Runner, mix: &Mix) -> (Vec<Vec<Event>>, Counters) {
             let output = runner.execute(&plan).unwrap();
             scheduler.commit(&plan, output);
         }
-        for ((ask, receiver), events) in mix.asks.iter().zip(&mut receivers).zip(&mut events) {
-            let Some(open) = receiver.as_mut().filter(|_| step % ask.patience == 0) else { continue };
-            while ask.leaves_after.is_none_or(|count| events.len() < count)
-                && let Ok(event) = open.try_recv()
-            {
-                events.push(event);
-            }
-            if ask.leaves_after == Some(events.len()) {
-                *receiver = None;
-            }
+        for (i, ask) in mix.asks.iter().enumerate().filter(|(_, ask)| step % ask.patience == 0) {
+            listen(ask, &mut receivers[i], &mut events[i]);
         }
-        let arrived = mix.asks.iter().all(|ask| ask.arrival <= step);
-        if arrived && scheduler.is_idle() {
+        if scheduler.is_idle() && mix.asks.iter().all(|ask| ask.arrival <= step) {
             break;
         }
     }
     // What was sent after the last look.
-    for (receiver, events) in receivers.iter_mut().zip(&mut events) {
-        while let Some(Ok(event)) = receiver.as_mut().map(Receiver::try_recv) {
-            events.push(event);
-        }
+    for (i, ask) in mix.asks.iter().enumerate() {
+        listen(ask, &mut receivers[i], &mut events[i]);
     }
     assert_eq!(scheduler.pool().used_count(), 0);
     (events, scheduler.counters())
+}
+
+/// Takes what has arrived, and leaves when that is enough for `ask`.
+fn listen(ask: &Ask, receiver: &mut Option<Receiver<Event>>, events: &mut Vec<Event>) {
+    while ask.leaves_after != Some(events.len()) {
+        match receiver.as_mut().map(Receiver::try_recv) {
+            Some(Ok(event)) => events.push(event),
+            _ => return,
+        }
+    }
+    *receiver = None;
 }
 
 /// An event as numbers that are equal only if all bits are; how many tokens were reused is left out.
@@ -224,7 +225,7 @@ fn check(preset: &str, kind: Kind) {
     let mut total = Counters::default();
     let mut whole = 0;
     for number in 0..MIXES {
-        let mut random = Random(number * 1000 + preset.len() as u64);
+        let mut random = Random((number << 32) + preset.bytes().map(u64::from).sum::<u64>());
         let mix = mix(kind, &mut random);
         let index = BLOCK_SIZES.iter().position(|&size| size == mix.block_size).unwrap();
         let (found, counters) = run(&mut runners[index], &mix);
@@ -243,7 +244,7 @@ fn check(preset: &str, kind: Kind) {
     }
     eprintln!("{preset}: {whole} whole answers, {total:?}");
     // The mixes are worth nothing if they run undisturbed.
-    assert!(total.prefix_hits > 500 && total.cancelled > 10, "{total:?}");
+    assert!(total.prefix_hits > 400 && total.cancelled > 10, "{total:?}");
     assert!(kind == Kind::Reward || total.preemptions > 10, "{total:?}");
 }
 

@@ -186,3 +186,96 @@ pub(super) fn widen_tail<I: Isa, E: Element>(isa: I, x: &[E]) -> I::V {
     lanes[..x.len()].copy_from_slice(x);
     E::widen(isa, &lanes)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::*;
+    use crate::ops::samples::{check_bits, numbers};
+
+    struct Exp<'a>(&'a [f32]);
+
+    impl Kernel for Exp<'_> {
+        type Output = Vec<f32>;
+
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) -> Vec<f32> {
+            let mut out = vec![0.0; self.0.len()];
+            for (x, out) in self.0.chunks(LANES).zip(out.chunks_mut(LANES)) {
+                let mut lanes = [0.0; LANES];
+                isa.store(isa.exp(widen_tail(isa, x)), &mut lanes);
+                out.copy_from_slice(&lanes[..out.len()]);
+            }
+            out
+        }
+    }
+
+    #[test]
+    fn exp_is_within_two_units_and_has_the_same_bits_on_every_body() {
+        let mut xs: Vec<f32> = (-86_999..88_000).map(|i| i as f32 * 1e-3).collect();
+        xs.extend(numbers(1, 10_000));
+        let got = Body::best().run(Exp(&xs));
+        for (x, got) in xs.iter().zip(&got) {
+            let expected = f64::from(*x).exp();
+            let off = (f64::from(*got) - expected).abs() / expected;
+            assert!(off < 2.0 * f64::from(f32::EPSILON), "e^{x} = {got}, expected {expected}");
+        }
+        for body in Body::all() {
+            check_bits("exp", &body.run(Exp(&xs)), &got);
+        }
+    }
+
+    #[test]
+    fn exp_of_the_extremes() {
+        let xs = [0.0, -0.0, -87.1, -1e30, f32::NEG_INFINITY, 88.1, f32::INFINITY, 1e-40, f32::NAN];
+        for body in Body::all() {
+            let got = body.run(Exp(&xs));
+            check_bits("exp", &got[..8], &[1.0, 1.0, 0.0, 0.0, 0.0, f32::INFINITY, f32::INFINITY, 1.0]);
+            assert!(got[8].is_nan());
+        }
+    }
+
+    /// Every operation that has its own implementation somewhere, on sixteen vectors.
+    struct Each<'a>(&'a [[f32; LANES]; LANES]);
+
+    impl Kernel for Each<'_> {
+        type Output = Vec<f32>;
+
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) -> Vec<f32> {
+            let v = self.0.map(|v| isa.load(&v));
+            let mut results = isa.transpose(v).to_vec();
+            let (a, b, c) = (v[0], v[1], v[2]);
+            results.extend([isa.fma(a, b, c), isa.add(a, b), isa.sub(a, b), isa.mul(a, b), isa.div(a, b)]);
+            results.extend([isa.max(a, b), isa.select_less(a, b, c, v[3])]);
+            let halves = self.0[4].map(f16::from_f32);
+            let brains = self.0[5].map(bf16::from_f32);
+            results.extend([isa.load_f16(&halves), isa.load_bf16(&brains)]);
+            let mut out: Vec<f32> = isa.sum4([a, b, c, v[3]]).into();
+            out.extend([a, b, c, v[3]].map(|v| isa.sum(v)));
+            for result in results {
+                let mut lanes = [0.0; LANES];
+                isa.store(result, &mut lanes);
+                out.extend(lanes);
+            }
+            out
+        }
+    }
+
+    #[test]
+    fn every_operation_has_the_same_bits_on_every_body() {
+        let numbers = numbers(3, LANES * LANES);
+        let mut rows = [[0.0; LANES]; LANES];
+        rows.iter_mut().flatten().zip(&numbers).for_each(|(out, x)| *out = *x);
+        rows[0][3] = f32::NAN;
+        let first = Body::Portable(Portable).run(Each(&rows));
+        let bits = |all: &[f32]| all.iter().map(|x| if x.is_nan() { 0 } else { x.to_bits() }).collect::<Vec<_>>();
+        for body in Body::all() {
+            assert_eq!(bits(&body.run(Each(&rows))), bits(&first));
+        }
+        assert_eq!(bits(&first[..4]), bits(&first[4..8]), "sum4 and sum");
+        let turned: Vec<f32> = (0..LANES * LANES).map(|i| rows[i % LANES][i / LANES]).collect();
+        assert_eq!(bits(&first[8..8 + LANES * LANES]), bits(&turned), "transpose");
+    }
+}

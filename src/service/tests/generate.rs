@@ -1,6 +1,7 @@
 //! Generating: texts, stops, seeds, log-probabilities, cancellation, refusals.
 
 use super::*;
+use crate::engine::Event;
 use crate::service::{
     generate::{Eos, Generation, StopText},
     updates::{Candidate, FinishReason, StopReason, Update},
@@ -97,6 +98,34 @@ async fn bos_stands_once_before_text_and_nothing_before_ids() {
     assert_eq!(prompt_ids(Prompt::Ids(ids("2"))).await, ids("2"));
     let generation = service.generate(GenerateRequest { prompt: Prompt::Ids(vec![1, EOS]), ..asking("") });
     assert_eq!(generation.await.unwrap().prompt_text(), "<s></s>");
+}
+
+#[tokio::test]
+async fn an_answer_begins_without_the_space_of_its_first_token() {
+    // A vocabulary in SentencePiece's manner, where a word carries the space before it.
+    let json = r#"{"version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": true},
+        "decoder": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": true},
+        "model": {"type": "WordLevel", "unk_token": "?", "vocab": {"?": 0, "\u2581so": 1, "</s>": 2, "\u2581it": 3}}}"#;
+    let metrics = Arc::new(Metrics::new().unwrap());
+    let mut model = Setup { replies: vec![vec![1, 3, EOS]], ..Setup::default() }.model(Kind::Policy, &metrics);
+    model.tokenizer = Arc::new(Tokenizer::from_json(json, &SpecialTokens::default()).unwrap());
+    model.template = Arc::new(ChatTemplate::from_source("plain", "{{ messages[0].content }}").unwrap());
+    let service = Service::new(vec![model], ServiceLimits::default(), metrics).unwrap();
+    let talk = Conversation::new(vec![Message::new("user", "it")]);
+    let begun = Conversation { ending: Ending::Continue, ..talk.clone() };
+    for (prompt, text) in [
+        (Prompt::Messages(talk), "so it"),
+        (Prompt::Messages(begun), " so it"),
+        (Prompt::Text("it".into()), " so it"),
+        (Prompt::Ids(vec![3]), " so it"),
+    ] {
+        assert_eq!(
+            one(&service, GenerateRequest { prompt: prompt.clone(), ..asking("") }).await.text,
+            text,
+            "{prompt:?}"
+        );
+    }
 }
 
 #[tokio::test]
@@ -238,6 +267,30 @@ async fn prompt_logprobs_come_first_and_once() {
     let request = GenerateRequest { max_tokens: Some(0), prompt_logprobs: Some(0), ..asking("1") };
     let completed = service.generate(request).await.unwrap().collect().await.unwrap();
     assert_eq!((completed.prompt.len(), completed.prompt[0].logprob), (1, None));
+}
+
+#[tokio::test]
+async fn a_candidate_that_is_ahead_waits_for_the_prompt() {
+    let service = Setup::default().service();
+    let model = Arc::clone(service.policy(None).unwrap());
+    let request = GenerateRequest { n: 2, prompt_logprobs: Some(0), ..asking("1") };
+    let prepared = prompt::prepare(&model, &request.prompt, service.limits()).unwrap();
+    let (first, first_events) = tokio::sync::mpsc::channel(4);
+    let (second, second_events) = tokio::sync::mpsc::channel(4);
+    let mut generation = Generation::new(model, &request, 0, prepared, vec![Some(first_events), Some(second_events)]);
+    second.try_send(Event::Token { id: 7, logprob: None }).unwrap();
+    tokio::select! {
+        biased;
+        update = generation.next() => panic!("{update:?} came before the prompt"),
+        () = std::future::ready(()) => {}
+    }
+    first.try_send(Event::Prompt(Vec::new())).unwrap();
+    assert!(matches!(generation.next().await, Some(Ok(Update::Prompt(tokens))) if tokens.len() == 1));
+    assert!(matches!(generation.next().await, Some(Ok(Update::Delta(delta))) if delta.index == 1));
+    // An engine that goes away without a word is noticed.
+    drop(second);
+    assert!(matches!(generation.next().await, Some(Err(Error::Unavailable(_)))));
+    assert!(first.is_closed() && generation.next().await.is_none());
 }
 
 #[tokio::test]

@@ -1,7 +1,12 @@
 //! Scoring: which tokens are read, in which order the rewards come, what is refused.
 
 use super::*;
-use crate::service::score::{Returns, Rewards, ScoreInput, ScoreRequest, Truncate};
+use std::time::Duration;
+
+use crate::{
+    engine::{Request, ScoreRows, Task},
+    service::score::{Returns, Rewards, ScoreInput, ScoreRequest, Scoring, Truncate},
+};
 
 fn text(text: &str) -> ScoreInput {
     ScoreInput::Text(text.into())
@@ -132,6 +137,28 @@ async fn an_engine_full_of_others_is_overloaded() {
     }
     assert!(overloaded >= 1);
     check_freed(&service);
+}
+
+#[tokio::test]
+async fn patience_outlasts_an_engine_full_of_others() {
+    let gate = Gate::after(0);
+    let service = Setup { waiting_max: 1, running_max: 1, reward_gate: gate.clone(), ..Setup::default() }.service();
+    let model = service.reward_model(None).unwrap();
+    let (reply, _events) = tokio::sync::mpsc::channel(4);
+    let other = || Request { prompt: ids("1"), task: Task::Score(ScoreRows::Last), reply: reply.clone() };
+    while model.engine.status().running() == 0 || model.engine.submit(other()).is_ok() {
+        std::thread::yield_now();
+        let _ = model.engine.submit(other());
+    }
+    let sequence = service.prepare_scores(model, request(vec![text("1+1")])).await.unwrap().remove(0);
+    let mut hasty = Scoring::new(Arc::clone(model), Returns::Last, Duration::ZERO);
+    assert!(matches!(hasty.submit(0, sequence.clone()).await, Err(Error::Overloaded(_))));
+    // Both are polled in this order, so the engine is asked once before the gate opens.
+    let mut patient = Scoring::new(Arc::clone(model), Returns::Last, Duration::from_secs(60));
+    let (submitted, ()) = tokio::join!(patient.submit(0, sequence), async { gate.release() });
+    submitted.unwrap();
+    let (rewards, _) = patient.finish().await.unwrap();
+    assert_eq!(rewards[0].reward, fake::reward(&[ids("1+1"), vec![EOS]].concat()));
 }
 
 #[tokio::test]

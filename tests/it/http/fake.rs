@@ -7,7 +7,8 @@ use std::{
 
 use eurus::{
     engine::{
-        BlockId, Chunk, Engine, Executor, Last, Limits, Outcome, Rows, StepOutput, StepPlan, TokenId, TokenLogProb, Want,
+        BlockId, Chunk, Engine, Executor, Last, Limits, Outcome, Rows, StepOutput, StepPlan, TokenId, TokenLogProb,
+        Want,
     },
     error::{Error, Result},
     metrics::Metrics,
@@ -79,12 +80,8 @@ impl Setup {
     }
 
     fn model(&self, name: &str, kind: Kind, metrics: &Metrics) -> ServedModel {
-        let limits = Limits {
-            step_tokens: 64,
-            running_max: self.running_max,
-            waiting_max: self.waiting_max,
-            len_max: LEN_MAX,
-        };
+        let limits =
+            Limits { step_tokens: 64, running_max: self.running_max, waiting_max: self.waiting_max, len_max: LEN_MAX };
         let tokenizer = tokenizer();
         let replies = self.replies.iter().map(|(seed, text)| (*seed, [ids(text), vec![EOS]].concat())).collect();
         let slots = vec![0; BLOCK_COUNT * BLOCK_SIZE];
@@ -109,8 +106,12 @@ impl Setup {
 
 pub(super) fn tokenizer() -> Arc<Tokenizer> {
     let json = include_str!("../../../models/eurus-mini/policy/tokenizer.json");
-    let special =
-        SpecialTokens { bos: Some("<s>".into()), eos: Some("</s>".into()), unk: Some("<unk>".into()), add_bos: None };
+    let special = SpecialTokens {
+        bos: Some("<s>".into()),
+        eos: Some("</s>".into()),
+        unk: Some("<unk>".into()),
+        add_bos: Some(true),
+    };
     Arc::new(Tokenizer::from_json(json, &special).unwrap())
 }
 
@@ -128,6 +129,11 @@ pub(super) fn logprob(token: TokenId) -> f32 {
 pub(super) fn reward(seen: &[TokenId]) -> f32 {
     let sum = seen.iter().fold(7_u64, |sum, token| (sum * 31 + u64::from(*token)) % 1_000_003);
     sum as f32 / 50_000.0 - 10.0
+}
+
+/// A number as the server writes it, with the digits of single precision.
+pub(super) fn shown(number: f32) -> serde_json::Value {
+    serde_json::from_str(&serde_json::to_string(&number).unwrap()).unwrap()
 }
 
 struct Fake {
@@ -173,7 +179,7 @@ impl Fake {
             Want::Token(draw) => {
                 let script = self.replies.get(&draw.params.seed);
                 let token = script.map_or_else(
-                    || 40 + ((draw.params.seed + 3 * draw.position as u64) % 40) as TokenId,
+                    || 40 + (draw.params.seed.wrapping_add(3 * draw.position as u64) % 40) as TokenId,
                     |script| script.get(draw.generated_count).copied().unwrap_or(EOS),
                 );
                 Last::Token(token, draw.params.logprobs.map(|top| row(token, top)))
