@@ -1,5 +1,21 @@
 //! One operation a file: formula, shapes, CPU body, device launch, gradient and tests.
 //! The only place, with `device`, that may tell a CPU from a GPU.
+//! Every row of every result has the same bits whatever else is in the batch and whatever the processor or the number of threads.
+
+pub mod attention;
+pub mod embed;
+pub mod kv_write;
+mod lanes;
+pub mod linear;
+pub mod logprobs;
+pub mod parallel;
+pub mod rms_norm;
+pub mod rope;
+pub mod sample;
+#[cfg(test)]
+mod samples;
+mod storage;
+pub mod swiglu;
 
 use crate::error::Error;
 

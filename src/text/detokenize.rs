@@ -246,3 +246,93 @@ impl Joiner {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use serde_json::json;
+
+    use super::*;
+
+    #[track_caller]
+    fn joined(decoder: &Value, start: Start, tokens: &[&str], expected: &[&str]) {
+        let detokenizer = Detokenizer::parse(decoder).unwrap();
+        let mut joiner = Joiner::new(&detokenizer, start);
+        let mut texts = Vec::new();
+        for token in tokens {
+            let joined = joiner.push(&detokenizer, token);
+            texts.push(joined.earlier + &joined.own);
+        }
+        texts.push(joiner.finish(&detokenizer));
+        assert_eq!(texts, expected);
+    }
+
+    fn llama() -> Value {
+        json!({"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]})
+    }
+
+    #[test]
+    fn pieces_and_byte_tokens_become_text() {
+        joined(&llama(), Start::Text, &["▁", "▁a", "b", "▁c"], &["", " a", "b", " c", ""]);
+        joined(&llama(), Start::Middle, &["▁", "▁a", "b"], &[" ", " a", "b", ""]);
+        joined(&llama(), Start::Text, &["<0x20>", "<0x61>", "▁b"], &["", "", "a b", ""]);
+        joined(&llama(), Start::Text, &["<0xE6>", "<0x95>", "<0xB0>", "x"], &["", "", "", "数x", ""]);
+        joined(
+            &llama(),
+            Start::Text,
+            &["<0x61>", "<0xE6>", "x", "<0xE6>"],
+            &["", "", "\u{FFFD}\u{FFFD}x", "", "\u{FFFD}"],
+        );
+        joined(&llama(), Start::Text, &["<0x6>", "<0xGG>"], &["<0x6>", "<0xGG>", ""]);
+    }
+
+    #[test]
+    fn byte_level_tokens_become_text() {
+        let decoder = json!({"type": "ByteLevel"});
+        joined(
+            &decoder,
+            Start::Text,
+            &["Ġa", "Ċ", "é", "x", "æ", "ķ", "°"],
+            &[" a", "\n", "", "\u{FFFD}x", "", "", "数", ""],
+        );
+        joined(&decoder, Start::Text, &["æ", "ķ"], &["", "", "\u{FFFD}"]);
+        joined(&decoder, Start::Text, &["▁数", "ð", "ð"], &["▁数", "", "\u{FFFD}", "\u{FFFD}"]);
+        let all: Vec<u8> = (0..=255).collect();
+        let mut alphabet: Vec<(u8, char)> = BYTE_OF_CHAR.iter().map(|(character, byte)| (*byte, *character)).collect();
+        alphabet.sort_unstable();
+        assert_eq!(alphabet.iter().map(|(byte, _)| *byte).collect::<Vec<_>>(), all);
+        assert_eq!((alphabet[0x20].1, alphabet[0x0A].1, alphabet[0xAD].1), ('Ġ', 'Ċ', '\u{143}'));
+    }
+
+    #[test]
+    fn text_that_waited_belongs_to_the_tokens_before() {
+        for (decoder, half) in [(json!({"type": "ByteLevel"}), "æ"), (llama(), "<0xE6>")] {
+            let detokenizer = Detokenizer::parse(&decoder).unwrap();
+            let mut joiner = Joiner::new(&detokenizer, Start::Text);
+            assert_eq!(joiner.push(&detokenizer, half), Joined::default());
+            let wanted = Joined { earlier: "\u{FFFD}".to_owned(), own: "x".to_owned() };
+            assert_eq!(joiner.push(&detokenizer, "x"), wanted);
+        }
+    }
+
+    #[test]
+    fn other_decoders_work_or_are_refused() {
+        joined(&Value::Null, Start::Text, &["a", "b"], &["a", " b", ""]);
+        let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
+        joined(&metaspace, Start::Text, &["▁a▁", "▁b"], &["a", " b", ""]);
+        let never = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": false});
+        joined(&never, Start::Text, &["▁a▁", "▁b"], &[" a ", " b", ""]);
+        for refused in [
+            json!({"type": "WordPiece", "prefix": "##", "cleanup": true}),
+            json!({"type": "CTC"}),
+            json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}),
+            json!({"type": "Replace", "pattern": {"Regex": "a"}, "content": ""}),
+            json!({"type": "Sequence", "decoders": [{"type": "ByteLevel"}, {"type": "ByteFallback"}]}),
+            json!({"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 0, "stop": 1}]}),
+        ] {
+            assert!(matches!(Detokenizer::parse(&refused), Err(Error::Unsupported(_))), "{refused}");
+        }
+    }
+}

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::ops::{Range, RangeInclusive};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use serde_json::Value;
 use tokenizers::{
     AddedToken, AddedVocabulary, DecoderWrapper, Model, ModelWrapper, NormalizerWrapper, OffsetType,
@@ -17,6 +17,9 @@ use super::detokenize::{Detokenizer, Joiner, Start};
 use crate::error::{Error, Result};
 
 type Inner = TokenizerImpl<ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
+
+/// Memory of the pattern that finds added tokens, in bytes; ten thousand tokens need some 10 MB.
+const ADDED_MEMORY_MAX: usize = 64 << 20;
 
 /// What tokenizer_config.json tells beyond tokenizer.json.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -65,7 +68,7 @@ pub struct Tokenizer {
     /// The added tokens with the special ones switched off.
     as_text: AddedVocabulary,
     detokenizer: Detokenizer,
-    /// Every added token, longest first: what the first pass of the tokenizer looks for.
+    /// The added tokens that the tokenizer looks for before it normalises, longest first.
     added: Option<Regex>,
     special_ids: HashSet<u32>,
     bos: Option<(u32, String)>,
@@ -103,9 +106,6 @@ impl Tokenizer {
             .map_err(|_| damaged("it cannot be built"))?
             .map_err(damaged)?
             .into_inner();
-        inner.with_post_processor(None::<PostProcessorWrapper>);
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(damaged)?;
         let bos = find(&inner, special.bos.as_deref(), "bos_token")?;
         let eos = find(&inner, special.eos.as_deref(), "eos_token")?;
         let unk = special.unk.clone().filter(|text| inner.token_to_id(text).is_some());
@@ -395,13 +395,14 @@ fn special_ids(inner: &Inner) -> HashSet<u32> {
 }
 
 fn added_pattern(inner: &Inner) -> Result<Option<Regex>> {
-    let mut texts: Vec<String> = inner.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
+    let added = inner.get_added_tokens_decoder().into_values().filter(|token| !token.normalized);
+    let mut texts: Vec<String> = added.map(|token| token.content).collect();
     texts.sort_by(|left, right| right.len().cmp(&left.len()).then_with(|| left.cmp(right)));
     if texts.is_empty() {
         return Ok(None);
     }
     let pattern = texts.iter().map(|text| regex::escape(text)).collect::<Vec<_>>().join("|");
-    Regex::new(&pattern).map(Some).map_err(damaged)
+    RegexBuilder::new(&pattern).size_limit(ADDED_MEMORY_MAX).build().map(Some).map_err(damaged)
 }
 
 /// Whether sequences begin with `bos` by the file alone; see [`SpecialTokens::add_bos`].
@@ -420,5 +421,170 @@ fn begins_with(processor: &Value, bos: &str) -> bool {
         Some("TemplateProcessing") => processor["single"][0]["SpecialToken"]["id"] == bos,
         Some("BertProcessing" | "RobertaProcessing") => processor["cls"][0] == bos,
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    const MINI: &str = include_str!("../../models/eurus-mini/policy/tokenizer.json");
+    const PREPEND: &str = include_str!("../../tests/fixtures/chat/prepend.tokenizer.json");
+    const METASPACE: &str = include_str!("../../tests/fixtures/chat/metaspace-first.tokenizer.json");
+
+    fn named() -> SpecialTokens {
+        SpecialTokens { bos: Some("<s>".to_owned()), eos: Some("</s>".to_owned()), ..SpecialTokens::default() }
+    }
+
+    fn changed(json: &str, change: impl FnOnce(&mut Value)) -> String {
+        let mut value = serde_json::from_str(json).unwrap();
+        change(&mut value);
+        value.to_string()
+    }
+
+    #[track_caller]
+    fn adds_bos(json: &str, add_bos: Option<bool>, expected: bool) {
+        let tokenizer = Tokenizer::from_json(json, &SpecialTokens { add_bos, ..named() }).unwrap();
+        assert_eq!(tokenizer.adds_bos(), expected);
+        let bos = if expected { vec![1] } else { Vec::new() };
+        assert_eq!(tokenizer.encode("", Special::Parse, Bos::Add).unwrap(), bos);
+        assert_eq!(tokenizer.encode("", Special::Parse, Bos::Omit).unwrap(), Vec::<u32>::new());
+        let a = tokenizer.encode("a", Special::AsText, Bos::Omit).unwrap();
+        assert_eq!(tokenizer.encode("a", Special::Parse, Bos::Add).unwrap(), [bos, a].concat());
+    }
+
+    #[test]
+    fn bos_is_added_where_the_files_say_so() {
+        adds_bos(MINI, None, false);
+        adds_bos(MINI, Some(true), true);
+        adds_bos(PREPEND, None, true);
+        adds_bos(PREPEND, Some(false), false);
+        adds_bos(&changed(PREPEND, |json| json["post_processor"] = Value::Null), None, true);
+        adds_bos(&changed(MINI, |json| json["post_processor"] = Value::Null), None, false);
+        let sequence = json!({"type": "Sequence", "processors": [{"type": "ByteLevel", "add_prefix_space": true,
+            "trim_offsets": false, "use_regex": true}, {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}]});
+        adds_bos(&changed(MINI, |json| json["post_processor"] = sequence), None, true);
+        let none =
+            Tokenizer::from_json(PREPEND, &SpecialTokens { add_bos: Some(true), ..SpecialTokens::default() }).unwrap();
+        assert_eq!((none.adds_bos(), none.bos(), none.starts_with_bos("<s>")), (false, None, false));
+    }
+
+    #[test]
+    fn bos_is_never_added_twice() {
+        let tokenizer = Tokenizer::from_json(PREPEND, &named()).unwrap();
+        let encode = |special, bos| tokenizer.encode("<s>a", special, bos).unwrap();
+        let a = tokenizer.encode("a", Special::Parse, Bos::Omit).unwrap();
+        assert_eq!(encode(Special::Parse, Bos::Add), [vec![1], a.clone()].concat());
+        assert_eq!(encode(Special::Parse, Bos::Omit), [vec![1], a].concat());
+        let text = encode(Special::AsText, Bos::Omit);
+        assert!(text.len() > 3 && !text.contains(&1));
+        assert_eq!(encode(Special::AsText, Bos::Add), [vec![1], text].concat());
+    }
+
+    #[test]
+    fn truncation_and_padding_of_the_file_are_not_used() {
+        let json = changed(MINI, |json| {
+            json["truncation"] =
+                json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
+            json["padding"] = json!({"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+                "pad_type_id": 0, "pad_token": "<unk>"});
+        });
+        let tokenizer = Tokenizer::from_json(&json, &named()).unwrap();
+        assert_eq!(tokenizer.encode("123456", Special::Parse, Bos::Add).unwrap().len(), 6);
+    }
+
+    #[test]
+    fn special_tokens_do_not_depend_on_the_normaliser() {
+        let json = changed(PREPEND, |json| {
+            let added = json["added_tokens"].as_array_mut().unwrap();
+            added.iter_mut().for_each(|token| token["normalized"] = true.into());
+        });
+        let tokenizer = Tokenizer::from_json(&json, &named()).unwrap();
+        let plain = Tokenizer::from_json(PREPEND, &named()).unwrap();
+        for text in ["<s>a</s>b", "a</s>", "</s></s> <unk>"] {
+            let wanted = plain.encode(text, Special::Parse, Bos::Omit).unwrap();
+            assert_eq!(tokenizer.encode(text, Special::Parse, Bos::Omit).unwrap(), wanted);
+        }
+    }
+
+    #[test]
+    fn a_token_has_bytes_and_text() {
+        let tokenizer = Tokenizer::from_json(PREPEND, &named()).unwrap();
+        let id = |token: &str| tokenizer.token_id(token).unwrap();
+        assert_eq!(tokenizer.token_bytes(id("<0xE6>")), Ok(vec![0xE6]));
+        assert_eq!(tokenizer.token_text(id("<0xE6>")), Ok("\u{FFFD}".to_owned()));
+        assert_eq!(tokenizer.token_text(id("▁the")), Ok(" the".to_owned()));
+        assert_eq!(tokenizer.token_text(2), Ok("</s>".to_owned()));
+        assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.eos_text()), (Some(1), Some(2), Some("</s>")));
+        let end = u32::try_from(tokenizer.vocab_size()).unwrap();
+        assert!(tokenizer.token_text(end - 1).is_ok());
+        for refused in [tokenizer.token_text(end), tokenizer.decode(&[1, end, 2], SpecialText::Hide)] {
+            let message = format!("token id {end} is not in the vocabulary");
+            assert_eq!(refused, Err(Error::Invalid { message, field: None }));
+        }
+        let mini = Tokenizer::from_json(MINI, &named()).unwrap();
+        assert_eq!(mini.vocab_size(), 320);
+        let ids = mini.encode("é\n ", Special::AsText, Bos::Omit).unwrap();
+        let bytes: Vec<Vec<u8>> = ids.iter().map(|id| mini.token_bytes(*id).unwrap()).collect();
+        assert_eq!(bytes, [vec![0xC3], vec![0xA9], vec![b'\n'], vec![b' ']]);
+    }
+
+    #[test]
+    fn damaged_files_are_refused() {
+        let lacking = SpecialTokens { eos: Some("<|eot|>".to_owned()), ..named() };
+        let message = "tokenizer_config.json names eos_token \"<|eot|>\", which tokenizer.json lacks";
+        assert_eq!(Tokenizer::from_json(MINI, &lacking).unwrap_err(), Error::Checkpoint(message.to_owned()));
+        for json in ["", "{}", "[1]", &MINI[..MINI.len() / 2], "{\"decoder\": {\"type\": \"ByteLevel\"}, \"model\": 3}"]
+        {
+            assert!(matches!(Tokenizer::from_json(json, &named()), Err(Error::Checkpoint(_))), "{}", json.len());
+        }
+        let dropout = changed(MINI, |json| json["model"]["dropout"] = 0.1.into());
+        assert!(matches!(Tokenizer::from_json(&dropout, &named()), Err(Error::Unsupported(_))));
+    }
+
+    #[test]
+    fn thousands_of_added_tokens_are_found() {
+        let json = changed(MINI, |json| {
+            let token = |index: u32| {
+                json!({"id": 320 + index, "content": format!("<|reserved_special_{index}|>"),
+                "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true})
+            };
+            json["added_tokens"].as_array_mut().unwrap().extend((0..10_000).map(token));
+        });
+        let tokenizer = Tokenizer::from_json(&json, &named()).unwrap();
+        assert_eq!(tokenizer.vocab_size(), 10_320);
+        let found = tokenizer.specials_in("a<|reserved_special_1|><|reserved_special_9999|></s>");
+        assert_eq!(found, [(1..23, 321), (23..48, 10_319), (48..52, 2)]);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn encoding_is_that_of_the_crate(
+            parts in prop::collection::vec(prop_oneof![
+                Just("<s>".to_owned()), Just("</s>".to_owned()), Just("<think>".to_owned()), Just(" ".to_owned()),
+                Just("the \n".to_owned()), Just("数".to_owned()), "[a-e0-9 ]{0,6}", "\\PC{0,4}",
+            ], 0..8),
+            which in 0..3usize,
+        ) {
+            let json = [MINI, PREPEND, METASPACE][which];
+            let ours = Tokenizer::from_json(json, &named()).unwrap();
+            let mut crates: tokenizers::Tokenizer = json.parse().unwrap();
+            let text = parts.concat();
+            let parsed = ours.encode(&text, Special::Parse, Bos::Omit).unwrap();
+            let wanted = crates.encode(text.as_str(), false).unwrap();
+            prop_assert_eq!(&parsed[..], wanted.get_ids());
+            crates.set_encode_special_tokens(true);
+            let as_text = ours.encode(&text, Special::AsText, Bos::Omit).unwrap();
+            let wanted = crates.encode(text.as_str(), false).unwrap();
+            prop_assert_eq!(&as_text[..], wanted.get_ids());
+        }
     }
 }

@@ -138,6 +138,26 @@ FITS = {
 }
 
 
+# Expressions that published templates use, rendered with one message and no tools.
+SNIPPETS = [
+    "{{ messages | tojson }}|{{ {'b': 1.5, 'a': [none, true, 'é<\\u2028\\x01\\\\\"']} | tojson(indent=2) }}|{{ [] | tojson(indent=2) }}",
+    "{{ {'b': 1, 'a': {'d': 2, 'c': 3}} | tojson(sort_keys=true) }}|{{ [1, 2] | string }}|{{ {'a': [1, none, true, 'x']} }}",
+    "{{ 'x' ~ none ~ true }} {{ 7 // 2 }} {{ 7 / 2 }} {{ 7 % 4 }} {{ 2 ** 3 }} {{ 'abc'[-1] }} {{ 'abc'[1:] }} {{ 'a,b'.split(',') }}",
+    "{{ messages[0].get('x') }}|{{ messages[0].get('x', 'y') }}|{{ messages[0].keys() | list }}|{{ messages[0].x }}|{{ 'x' in messages[0] }}",
+    "{%- macro f(x, y='z') -%}{{ x }}{{ y }}!{%- endmacro -%}{{ f('a') }}{{ f('a', y='b') }}"
+    "{% for k, v in {'a': 1, 'b': 2}.items() %}{{ k }}{{ v }}{{ ',' if not loop.last }}{% endfor %}",
+    "{% set x %}abc{% endset %}{{ x | trim }}{{ 'A' if x is string and messages is sequence and messages[0] is mapping else 'B' }}"
+    "{{ x | length }}{{ dict(a=1) }}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ 'ab' in 'cabd' }}",
+    "{{ messages | map(attribute='role') | join(',') }}{{ (messages | first).role }}{{ messages[-1]['content'] | default('d') }}{{ q | default('d') }}",
+    "{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{{ loop.length }}{% endfor %}",
+    "{{ '  ab '.strip() }}|{{ 'ab'.startswith('a') }}|{{ 'aXbX'.replace('X', '-') }}|{{ 'a b'.title() }}|{{ 'abcabc'.rfind('c') }}|{{ '\\n\\nx\\n'.strip('\\n') }}",
+    "a\n  {% if true %}\n  b\n  {%- generation %}\n c\n  {%+ endgeneration -%}\n\n d\n  {% endif %}\ne\n\n",
+    "{% set ns = namespace(a=1) %}{% for i in [1, 2] %}{% set ns.a = ns.a + i %}{% endfor %}{{ ns.a }}{{ '%s-%d' | format('x', 3) }}{{ 'a' if none is none }}",
+    "{%- if tools is not none and tools %}t{% endif %}{% if not tools %}none{% endif %}{{ documents is none }}{{ add_generation_prompt }}{{ [1, 2] + [3] }}",
+    "{# gone #}\n  {# gone #}\nx {{- ' y' -}} \n z\n{%- for c in 'ab' %}\n{{ c }}\n{%- endfor %}\n\n",
+]
+
+
 def turns(*contents, system=None):
     roles = itertools.cycle(["user", "assistant"])
     messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
@@ -192,6 +212,10 @@ def main():
     expected = {
         "templates": TEMPLATES,
         "conversations": CONVERSATIONS,
+        "snippets": [
+            {"template": text, "text": mini.apply_chat_template(turns("Hi"), chat_template=text, tokenize=False)}
+            for text in SNIPPETS
+        ],
         "tokenizers": {
             name: {
                 "bos": tokenizer.bos_token,

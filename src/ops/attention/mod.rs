@@ -1,0 +1,271 @@
+//! Causal grouped-query attention over a block cache and over packed segments: shapes, checks and the cut into parallel pieces.
+//! The arithmetic of a row is `rows`, the same for both, so a row has the same bits however its sequence is stored or chunked.
+
+use super::lanes::Body;
+use super::parallel;
+use super::storage::{Shared, slice};
+use crate::error::Result;
+use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor};
+use rows::{Heads, Rows, Span};
+use std::ops::Range;
+
+mod rows;
+
+/// Queries (tokens x heads of one key head) computed together: enough to pay for turning a tile of keys.
+const QUERIES: usize = 96;
+
+/// The chunks of several sequences in one step, and where the keys and values of their contexts lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PagedBatch {
+    /// `[S + 1]`: the first row of each chunk, then the number of rows.
+    pub q_starts: Vec<usize>,
+    /// `[S]`: positions of the sequence after this chunk; row r of a chunk of n has position context - n + r.
+    pub contexts: Vec<usize>,
+    /// `[S]` block ids: position p lies in block `tables[s][p / block_size]`.
+    pub tables: Vec<Vec<u32>>,
+    /// Positions in a block.
+    pub block_size: usize,
+    /// Sliding window w: position p sees positions above p - w. None: everything up to p.
+    pub window: Option<usize>,
+}
+
+/// Attention of `q` `[T, heads, head_dim]` over `k_cache` and `v_cache` `[blocks, kv_heads, block_size, head_dim]`, all f32, to
+/// `[T, heads * head_dim]`. Query head h reads key head h / (heads / kv_heads). Fails where the batch does not fit the tensors.
+///
+/// For serving: no gradient is recorded.
+pub fn paged_attention(
+    q: &Tensor,
+    k_cache: &Tensor,
+    v_cache: &Tensor,
+    batch: &PagedBatch,
+    scale: f32,
+) -> Result<Tensor> {
+    let op = Paged { batch, scale, body: Body::best() };
+    Ok(q.apply_op3_no_bwd(k_cache, v_cache, &op)?)
+}
+
+/// Attention inside of segments laid one after the other: `q` `[T, heads, head_dim]`, `k` and `v` `[T, kv_heads, head_dim]`, f32,
+/// to `[T, heads * head_dim]`. `starts` `[S + 1]` holds the first row of each segment, then T; positions count from each start.
+///
+/// Bit for bit what [`paged_attention`] computes for the same sequences.
+pub fn packed_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    starts: &[usize],
+    window: Option<usize>,
+    scale: f32,
+) -> Result<Tensor> {
+    let op = Packed { starts: starts.to_vec(), window, scale, body: Body::best() };
+    Ok(q.apply_op3(k, v, op)?)
+}
+
+struct Paged<'a> {
+    batch: &'a PagedBatch,
+    scale: f32,
+    body: Body,
+}
+
+impl CustomOp3 for Paged<'_> {
+    fn name(&self) -> &'static str {
+        "paged_attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (rows, heads, head_dim) = q_layout.shape().dims3()?;
+        let (blocks, kv_heads, block_size, k_dim) = k_layout.shape().dims4()?;
+        let batch = self.batch;
+        check_heads(heads, kv_heads, batch.window)?;
+        check_starts(&batch.q_starts, rows)?;
+        if k_layout.dims() != v_layout.dims() || k_dim != head_dim || block_size != batch.block_size {
+            candle_core::bail!(
+                "paged_attention: queries {:?}, keys {:?}, values {:?}, blocks of {}",
+                q_layout.dims(),
+                k_layout.dims(),
+                v_layout.dims(),
+                batch.block_size
+            );
+        }
+        let chunks = batch.chunks(blocks)?;
+        let shape = Heads { heads, kv_heads, head_dim, window: batch.window, scale: self.scale };
+        let q: &[f32] = slice("paged_attention", q, q_layout)?;
+        let k: &[f32] = slice("paged_attention", k, k_layout)?;
+        let v: &[f32] = slice("paged_attention", v, v_layout)?;
+        let out = attend(self.body, &shape, q, &chunks, |chunk, kv_head, positions, span| {
+            let table = &batch.tables[chunk];
+            let mut position = positions.start;
+            while position < positions.end {
+                let offset = position % block_size;
+                let count = (block_size - offset).min(positions.end - position);
+                let block = table[position / block_size] as usize;
+                let start = ((block * kv_heads + kv_head) * block_size + offset) * head_dim;
+                for i in (start..).step_by(head_dim).take(count) {
+                    span.push(&k[i..i + head_dim], &v[i..i + head_dim]);
+                }
+                position += count;
+            }
+        });
+        Ok((CpuStorage::F32(out), Shape::from((rows, heads * head_dim))))
+    }
+}
+
+impl PagedBatch {
+    /// The chunks, once the batch is found consistent with itself and a cache of `blocks` blocks.
+    fn chunks(&self, blocks: usize) -> candle_core::Result<Vec<Chunk>> {
+        let count = self.q_starts.len() - 1;
+        if self.contexts.len() != count || self.tables.len() != count {
+            candle_core::bail!(
+                "paged_attention: {count} chunks, {} contexts, {} block tables",
+                self.contexts.len(),
+                self.tables.len()
+            );
+        }
+        let mut chunks = Vec::with_capacity(count);
+        for (index, (bounds, &context)) in self.q_starts.windows(2).zip(&self.contexts).enumerate() {
+            let rows = bounds[0]..bounds[1];
+            let table = &self.tables[index];
+            if context < rows.len() || context.div_ceil(self.block_size) > table.len() {
+                candle_core::bail!(
+                    "paged_attention: chunk {index} has {} rows, {context} positions and {} blocks of {}",
+                    rows.len(),
+                    table.len(),
+                    self.block_size
+                );
+            }
+            if let Some(block) = table.iter().find(|&&block| block as usize >= blocks) {
+                candle_core::bail!("paged_attention: block {block} is outside of a cache of {blocks} blocks");
+            }
+            chunks.push(Chunk { position: context - rows.len(), rows });
+        }
+        Ok(chunks)
+    }
+}
+
+struct Packed {
+    starts: Vec<usize>,
+    window: Option<usize>,
+    scale: f32,
+    body: Body,
+}
+
+impl CustomOp3 for Packed {
+    fn name(&self) -> &'static str {
+        "packed_attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (rows, heads, head_dim) = q_layout.shape().dims3()?;
+        let (_, kv_heads, _) = k_layout.shape().dims3()?;
+        check_heads(heads, kv_heads, self.window)?;
+        check_starts(&self.starts, rows)?;
+        if k_layout.dims() != v_layout.dims() || k_layout.dims() != [rows, kv_heads, head_dim] {
+            candle_core::bail!(
+                "packed_attention: queries {:?}, keys {:?}, values {:?}",
+                q_layout.dims(),
+                k_layout.dims(),
+                v_layout.dims()
+            );
+        }
+        let chunks: Vec<Chunk> =
+            self.starts.windows(2).map(|bounds| Chunk { position: 0, rows: bounds[0]..bounds[1] }).collect();
+        let shape = Heads { heads, kv_heads, head_dim, window: self.window, scale: self.scale };
+        let q: &[f32] = slice("packed_attention", q, q_layout)?;
+        let k: &[f32] = slice("packed_attention", k, k_layout)?;
+        let v: &[f32] = slice("packed_attention", v, v_layout)?;
+        let out = attend(self.body, &shape, q, &chunks, |chunk, kv_head, positions, span| {
+            let first = self.starts[chunk];
+            for position in positions {
+                let i = ((first + position) * kv_heads + kv_head) * head_dim;
+                span.push(&k[i..i + head_dim], &v[i..i + head_dim]);
+            }
+        });
+        Ok((CpuStorage::F32(out), Shape::from((rows, heads * head_dim))))
+    }
+}
+
+fn check_heads(heads: usize, kv_heads: usize, window: Option<usize>) -> candle_core::Result<()> {
+    if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+        candle_core::bail!("attention: {heads} query heads do not share {kv_heads} key heads evenly");
+    }
+    if window == Some(0) {
+        candle_core::bail!("attention: a window of 0 positions sees nothing");
+    }
+    Ok(())
+}
+
+fn check_starts(starts: &[usize], rows: usize) -> candle_core::Result<()> {
+    if starts.first() != Some(&0) || starts.last() != Some(&rows) || !starts.is_sorted() {
+        candle_core::bail!("attention: row starts {starts:?} do not cover {rows} rows");
+    }
+    Ok(())
+}
+
+/// Consecutive rows of one sequence, the first at `position`.
+struct Chunk {
+    position: usize,
+    rows: Range<usize>,
+}
+
+/// One piece of work: some rows of chunk `chunk` for one key head.
+struct Piece {
+    chunk: usize,
+    rows: Range<usize>,
+    position: usize,
+}
+
+/// All rows of all chunks; `fetch(chunk, kv_head, positions, span)` pushes the keys and values of those positions in order.
+fn attend<'a>(
+    body: Body,
+    shape: &Heads,
+    q: &[f32],
+    chunks: &[Chunk],
+    fetch: impl Fn(usize, usize, Range<usize>, &mut Span<'a>) + Sync,
+) -> Vec<f32> {
+    let mut out = vec![0.0; q.len()];
+    if q.is_empty() {
+        return out;
+    }
+    let tokens = (QUERIES / (shape.heads / shape.kv_heads)).max(1);
+    let mut pieces = Vec::new();
+    for (chunk, Chunk { position, rows }) in chunks.iter().enumerate() {
+        for first in rows.clone().step_by(tokens) {
+            let rows_here = first..rows.end.min(first + tokens);
+            pieces.push(Piece { chunk, position: position + first - rows.start, rows: rows_here });
+        }
+    }
+    // The longest first, so that no thread starts one when the others are done.
+    pieces.sort_by_key(|piece| std::cmp::Reverse(piece.position + piece.rows.len()));
+    let shared = &Shared::new(&mut out);
+    parallel::for_each(pieces.len() * shape.kv_heads, |index| {
+        let (piece, kv_head) = (&pieces[index / shape.kv_heads], index % shape.kv_heads);
+        body.run(Rows {
+            shape,
+            q,
+            out: shared,
+            rows: piece.rows.clone(),
+            position: piece.position,
+            kv_head,
+            fetch: |positions, span: &mut Span<'a>| fetch(piece.chunk, kv_head, positions, span),
+        });
+    });
+    out
+}
+
+#[cfg(test)]
+mod tests;

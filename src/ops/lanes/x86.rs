@@ -1,0 +1,347 @@
+//! Sixteen lanes as one AVX-512 register or two AVX registers.
+#![allow(unsafe_code)]
+
+use super::{Isa, Kernel, LANES};
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+
+/// AVX-512F, with AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+pub(in crate::ops) struct Avx512(());
+
+/// AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+pub(in crate::ops) struct Avx2(());
+
+impl Avx512 {
+    pub(super) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx512f") && Avx2::detect().is_some()).then_some(Self(()))
+    }
+}
+
+impl Avx2 {
+    pub(super) fn detect() -> Option<Self> {
+        let all =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        all.then_some(Self(()))
+    }
+}
+
+#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+fn with_avx512<K: Kernel>(isa: Avx512, kernel: K) -> K::Output {
+    kernel.run(isa)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn with_avx2<K: Kernel>(isa: Avx2, kernel: K) -> K::Output {
+    kernel.run(isa)
+}
+
+impl Isa for Avx512 {
+    type V = __m512;
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` exists only where `detect` found the features.
+        unsafe { with_avx512(self, kernel) }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        // SAFETY: `self` is proof of AVX-512F; the same holds for every block of this implementation.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> __m512 {
+        // SAFETY: AVX-512F, and 16 readable floats; no alignment is asked for.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> __m512 {
+        // SAFETY: AVX-512F, and 32 readable bytes; no alignment is asked for.
+        unsafe {
+            let bits = _mm256_loadu_si256(x.as_ptr().cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+        }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[f16; LANES]) -> __m512 {
+        // SAFETY: AVX-512F, and 32 readable bytes; no alignment is asked for.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn store(self, v: __m512, out: &mut [f32; LANES]) {
+        // SAFETY: AVX-512F, and 16 writable floats; no alignment is asked for.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn select_less(self, a: __m512, b: __m512, yes: __m512, no: __m512) -> __m512 {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes) }
+    }
+
+    #[inline(always)]
+    fn scale_by_power(self, v: __m512, t: __m512) -> __m512 {
+        // SAFETY: AVX-512F.
+        unsafe {
+            let power = _mm512_slli_epi32::<23>(_mm512_castps_si512(t));
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), power))
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+
+    #[inline(always)]
+    fn sum(self, v: __m512) -> f32 {
+        // SAFETY: AVX-512F, which has AVX and SSE.
+        unsafe {
+            let v = _mm512_add_ps(v, _mm512_shuffle_f32x4::<0b01_00_11_10>(v, v));
+            let v = _mm512_castps512_ps256(v);
+            sum8(v)
+        }
+    }
+
+    #[inline(always)]
+    fn sum4(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        // SAFETY: AVX-512F; the stored array has the size of the register.
+        unsafe {
+            // 8 + 8: the halves of a, then those of b; the same for c and d.
+            let ab = fold_halves(a, b);
+            let cd = fold_halves(c, d);
+            // 4 + 4: quarters 0 and 2 on top of 1 and 3; a, b, c, d with four lanes each.
+            let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd);
+            let odd = _mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd);
+            let v = _mm512_add_ps(even, odd);
+            // 2 + 2, then 1 + 1 inside of each quarter.
+            let v = _mm512_add_ps(v, _mm512_permute_ps::<0b01_00_11_10>(v));
+            let v = _mm512_add_ps(v, _mm512_permute_ps::<0b10_11_00_01>(v));
+            let firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+            let v = _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, v));
+            let mut out = [0.0; 4];
+            _mm_storeu_ps(out.as_mut_ptr(), v);
+            out
+        }
+    }
+
+    #[inline(always)]
+    fn transpose(self, v: [__m512; LANES]) -> [__m512; LANES] {
+        // SAFETY: AVX-512F.
+        unsafe {
+            let mut a = v;
+            // 2x2 blocks of lanes, then of pairs, inside of each quarter: a[4i + c] holds, in quarter q, column 4q + c of
+            // rows 4i..4i + 4.
+            for i in 0..8 {
+                let (x, y) = (v[2 * i], v[2 * i + 1]);
+                a[2 * i] = _mm512_unpacklo_ps(x, y);
+                a[2 * i + 1] = _mm512_unpackhi_ps(x, y);
+            }
+            let mut b = a;
+            for i in 0..4 {
+                let double = |x| _mm512_castps_pd(x);
+                let (p, q, r, s) = (double(a[4 * i]), double(a[4 * i + 1]), double(a[4 * i + 2]), double(a[4 * i + 3]));
+                b[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(p, r));
+                b[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(p, r));
+                b[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(q, s));
+                b[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(q, s));
+            }
+            // The 4x4 quarters of each column class c.
+            let mut out = b;
+            for c in 0..4 {
+                let even01 = _mm512_shuffle_f32x4::<0b10_00_10_00>(b[c], b[4 + c]);
+                let odd01 = _mm512_shuffle_f32x4::<0b11_01_11_01>(b[c], b[4 + c]);
+                let even23 = _mm512_shuffle_f32x4::<0b10_00_10_00>(b[8 + c], b[12 + c]);
+                let odd23 = _mm512_shuffle_f32x4::<0b11_01_11_01>(b[8 + c], b[12 + c]);
+                out[c] = _mm512_shuffle_f32x4::<0b10_00_10_00>(even01, even23);
+                out[4 + c] = _mm512_shuffle_f32x4::<0b10_00_10_00>(odd01, odd23);
+                out[8 + c] = _mm512_shuffle_f32x4::<0b11_01_11_01>(even01, even23);
+                out[12 + c] = _mm512_shuffle_f32x4::<0b11_01_11_01>(odd01, odd23);
+            }
+            out
+        }
+    }
+}
+
+/// Both halves of a added, then both halves of b.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fold_halves(a: __m512, b: __m512) -> __m512 {
+    let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b);
+    let high = _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b);
+    _mm512_add_ps(low, high)
+}
+
+/// 4 + 4, 2 + 2, 1 + 1.
+#[inline]
+#[target_feature(enable = "avx")]
+fn sum8(v: __m256) -> f32 {
+    let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+    let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    let v = _mm_add_ss(v, _mm_shuffle_ps::<1>(v, v));
+    _mm_cvtss_f32(v)
+}
+
+type Pair = [__m256; 2];
+
+impl Isa for Avx2 {
+    type V = Pair;
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` exists only where `detect` found the features.
+        unsafe { with_avx2(self, kernel) }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Pair {
+        // SAFETY: `self` is proof of AVX2, FMA and F16C; the same holds for every block of this implementation.
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Pair {
+        // SAFETY: AVX, and twice 8 readable floats; no alignment is asked for.
+        unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x[8..].as_ptr())] }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> Pair {
+        // SAFETY: AVX2, and twice 16 readable bytes; no alignment is asked for.
+        unsafe {
+            [&x[..8], &x[8..]].map(|x| {
+                let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[f16; LANES]) -> Pair {
+        // SAFETY: F16C, and twice 16 readable bytes; no alignment is asked for.
+        unsafe { [&x[..8], &x[8..]].map(|x| _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
+    fn store(self, v: Pair, out: &mut [f32; LANES]) {
+        // SAFETY: AVX, and twice 8 writable floats; no alignment is asked for.
+        unsafe {
+            _mm256_storeu_ps(out.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(out[8..].as_mut_ptr(), v[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Pair, b: Pair, c: Pair) -> Pair {
+        // SAFETY: FMA.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: AVX.
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: AVX.
+        unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: AVX.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn div(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: AVX.
+        unsafe { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn max(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: AVX.
+        unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn select_less(self, a: Pair, b: Pair, yes: Pair, no: Pair) -> Pair {
+        let select = |i: usize| {
+            // SAFETY: AVX.
+            unsafe { _mm256_blendv_ps(no[i], yes[i], _mm256_cmp_ps::<_CMP_LT_OQ>(a[i], b[i])) }
+        };
+        [select(0), select(1)]
+    }
+
+    #[inline(always)]
+    fn scale_by_power(self, v: Pair, t: Pair) -> Pair {
+        let scale = |i: usize| {
+            // SAFETY: AVX2.
+            unsafe {
+                let power = _mm256_slli_epi32::<23>(_mm256_castps_si256(t[i]));
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v[i]), power))
+            }
+        };
+        [scale(0), scale(1)]
+    }
+
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+
+    #[inline(always)]
+    fn sum(self, v: Pair) -> f32 {
+        // SAFETY: AVX.
+        unsafe { sum8(_mm256_add_ps(v[0], v[1])) }
+    }
+}

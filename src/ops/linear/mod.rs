@@ -1,0 +1,76 @@
+//! y = x W^T: one linear layer, its storages, and the order in which every body adds up.
+//! Sums over k run in 16 lanes (k mod 16), each a chain of fused multiply-adds in order of k, folded by one fixed tree.
+
+use super::lanes::Body;
+use super::storage::{Weights, slice};
+use crate::error::{Error, Result};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor};
+
+mod dot;
+
+/// A linear layer without bias.
+#[derive(Debug, Clone)]
+pub enum Linear {
+    /// The weight `[out, in]` as the checkpoint has it: f32, bf16 or f16.
+    Dense(Tensor),
+}
+
+impl Linear {
+    /// A layer over `weight` `[out, in]`, f32, bf16 or f16, kept as it is and contiguous. Fails for other types and ranks.
+    pub fn dense(weight: Tensor) -> Result<Self> {
+        weight.dims2()?;
+        match weight.dtype() {
+            DType::F32 | DType::BF16 | DType::F16 => Ok(Self::Dense(weight.contiguous()?)),
+            other => Err(Error::Unsupported(format!("linear weights of type {other:?}"))),
+        }
+    }
+
+    /// `x` `[T, in]` f32 to `[T, out]` f32. The bits of a row depend on that row and the weights only.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let Self::Dense(weight) = self;
+        Ok(x.apply_op2(weight, Product { body: Body::best() })?)
+    }
+
+    /// Outputs and inputs of the layer.
+    pub fn dims(&self) -> Result<(usize, usize)> {
+        let Self::Dense(weight) = self;
+        Ok(weight.dims2()?)
+    }
+}
+
+/// `x` `[T, in]`, `weight` `[out, in]` to `[T, out]`.
+struct Product {
+    body: Body,
+}
+
+impl CustomOp2 for Product {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (rows, k) = x_layout.shape().dims2()?;
+        let (columns, weight_k) = weight_layout.shape().dims2()?;
+        if k != weight_k {
+            candle_core::bail!("linear: the input has {k} features, the weight takes {weight_k}");
+        }
+        let x = slice("linear", x, x_layout)?;
+        let mut y = vec![0.0; rows * columns];
+        let shape = dot::Shape { rows, columns, k };
+        match Weights::new("linear", weight, weight_layout)? {
+            Weights::F32(weight) => dot::product(self.body, x, weight, &mut y, shape),
+            Weights::Bf16(weight) => dot::product(self.body, x, weight, &mut y, shape),
+            Weights::F16(weight) => dot::product(self.body, x, weight, &mut y, shape),
+        }
+        Ok((CpuStorage::F32(y), Shape::from((rows, columns))))
+    }
+}
+
+#[cfg(test)]
+mod tests;

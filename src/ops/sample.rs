@@ -1,0 +1,304 @@
+//! Draws one token from one row of logits: temperature, top-k, top-p, min-p, then one uniform number.
+//! Pure: the randomness is a function of a key and a counter, so a token never depends on what ran beside it.
+
+use super::logprobs::{argmax, best, better};
+use crate::error::{Error, Result};
+
+/// Which tokens stay possible, and how sharply they differ. Applied in the order of the fields.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Filters {
+    /// Divides the logits; 0 takes the largest, ties by lower id.
+    pub temperature: f32,
+    /// Only this many most probable tokens; 0 is off.
+    pub top_k: usize,
+    /// The fewest most probable tokens whose share of what is left reaches this: the token that crosses is kept; 1 is off.
+    pub top_p: f32,
+    /// Only tokens at least this fraction as probable as the most probable one; 0 is off.
+    pub min_p: f32,
+}
+
+/// A number in `[0, 1)` with 53 random bits that depends on `seed` and `counter` only.
+pub fn uniform(seed: u64, counter: u64) -> f64 {
+    let words = philox([counter as u32, (counter >> 32) as u32, 0, 0], [seed as u32, (seed >> 32) as u32]);
+    let bits = u64::from(words[0]) | u64::from(words[1]) << 32;
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// The token of `logits` `[vocab]` at which the cumulative probability, in id order and after `filters`, exceeds
+/// `uniform` in `[0, 1)`. Entries of minus infinity are never drawn. Sums are f64 in one order.
+///
+/// # Errors
+/// [`Error::Internal`] if an entry is not a number or plus infinity, or if none is finite; [`Error::Invalid`] if a
+/// filter is out of range.
+pub fn pick(logits: &[f32], filters: &Filters, uniform: f64) -> Result<u32> {
+    filters.check()?;
+    let first = argmax(logits)?;
+    if filters.temperature == 0.0 {
+        return Ok(first);
+    }
+    let max = logits[first as usize];
+    let candidate = |token: u32| {
+        let logit = logits[token as usize];
+        Candidate { token, logit, weight: f64::from(((logit - max) / filters.temperature).exp()) }
+    };
+    let mut kept: Vec<Candidate> = match filters.top_k {
+        0 => (0..logits.len() as u32).map(candidate).collect(),
+        count => {
+            let mut ids = best(logits, count);
+            ids.sort_unstable();
+            ids.into_iter().map(candidate).collect()
+        }
+    };
+    if filters.top_p < 1.0 {
+        keep_nucleus(&mut kept, f64::from(filters.top_p));
+    }
+    // The most probable token has weight 1.
+    kept.retain(|candidate| candidate.weight >= f64::from(filters.min_p));
+    Ok(invert(&kept, uniform).unwrap_or(first))
+}
+
+impl Filters {
+    fn check(&self) -> Result<()> {
+        let rules = [
+            ("temperature", self.temperature, self.temperature >= 0.0 && self.temperature.is_finite()),
+            ("top_p", self.top_p, (0.0..=1.0).contains(&self.top_p)),
+            ("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p)),
+        ];
+        match rules.into_iter().find(|(_, _, holds)| !holds) {
+            Some((name, value, _)) => Err(Error::invalid(name, format!("{name} cannot be {value}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A token that may still be drawn; `weight` is its probability in units of the most probable one's.
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    token: u32,
+    logit: f32,
+    weight: f64,
+}
+
+/// Cuts `kept` (in id order, before and after) to its nucleus of mass `share`.
+fn keep_nucleus(kept: &mut Vec<Candidate>, share: f64) {
+    let total: f64 = kept.iter().map(|candidate| candidate.weight).sum();
+    // Together, tokens below this cannot fill the mass outside the nucleus, so none of them belongs to it: what is
+    // left to sort is short even for a large vocabulary.
+    let negligible = (1.0 - share) * total / kept.len() as f64;
+    kept.retain(|candidate| candidate.weight >= negligible);
+    kept.sort_unstable_by(|a, b| better(a.logit, a.token, b.logit, b.token));
+    let mut mass = 0.0;
+    let crossing = kept.iter().position(|candidate| {
+        mass += candidate.weight;
+        mass >= share * total
+    });
+    kept.truncate(crossing.map_or(kept.len(), |index| index + 1));
+    kept.sort_unstable_by_key(|candidate| candidate.token);
+}
+
+/// Inverse of the cumulative distribution; `None` only if nothing has weight.
+fn invert(kept: &[Candidate], uniform: f64) -> Option<u32> {
+    let total: f64 = kept.iter().map(|candidate| candidate.weight).sum();
+    let target = uniform * total;
+    let mut mass = 0.0;
+    let mut last = None;
+    for candidate in kept.iter().filter(|candidate| candidate.weight > 0.0) {
+        mass += candidate.weight;
+        last = Some(candidate.token);
+        if mass > target {
+            break;
+        }
+    }
+    // Without a break the product was rounded up to the total: the last possible token is meant.
+    last
+}
+
+/// Philox4x32-10: ten rounds of multiplication and exclusive-or on a 128-bit counter under a 64-bit key (Salmon,
+/// Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3).
+fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+    for _ in 0..10 {
+        let even = 0xD251_1F53 * u64::from(counter[0]);
+        let odd = 0xCD9E_8D57 * u64::from(counter[2]);
+        counter = [
+            (odd >> 32) as u32 ^ counter[1] ^ key[0],
+            odd as u32,
+            (even >> 32) as u32 ^ counter[3] ^ key[1],
+            even as u32,
+        ];
+        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+    }
+    counter
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    const PLAIN: Filters = Filters { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+    const NEVER: f32 = f32::NEG_INFINITY;
+
+    /// The smallest and largest uniforms at which each token is drawn, found on a fine grid, as shares.
+    fn shares(logits: &[f32], filters: &Filters) -> Vec<f64> {
+        let steps = 4000;
+        let mut shares = vec![0.0; logits.len()];
+        for step in 0..steps {
+            let uniform = (f64::from(step) + 0.5) / f64::from(steps);
+            shares[pick(logits, filters, uniform).unwrap() as usize] += 1.0 / f64::from(steps);
+        }
+        shares
+    }
+
+    #[track_caller]
+    fn check(logits: &[f32], filters: Filters, expected: &[f64]) {
+        let found = shares(logits, &filters);
+        assert_eq!(found.len(), expected.len());
+        for (found_one, expected_one) in found.iter().zip(expected) {
+            assert!((found_one - expected_one).abs() < 1e-3, "{found:?} instead of {expected:?}");
+            assert_eq!(*found_one == 0.0, *expected_one == 0.0, "{found:?} instead of {expected:?}");
+        }
+    }
+
+    fn logs(probabilities: &[f64]) -> Vec<f32> {
+        // An offset must not matter.
+        probabilities.iter().map(|p| p.ln() as f32 + 5.0).collect()
+    }
+
+    #[test]
+    fn philox_gives_the_published_answers() {
+        // The known-answer vectors that accompany the reference implementation (Random123, kat_vectors).
+        assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        assert_eq!(philox([u32::MAX; 4], [u32::MAX; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+        let (counter, key) = ([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]);
+        assert_eq!(philox(counter, key), [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]);
+    }
+
+    #[test]
+    fn uniforms_fill_the_interval_evenly_and_use_both_halves_of_seed_and_counter() {
+        let count = 20_000;
+        let mut bins = [0u32; 20];
+        for counter in 0..count {
+            bins[(uniform(7, counter) * 20.0) as usize] += 1;
+        }
+        // Chi-squared with 19 degrees of freedom: 43.8 is exceeded once in a thousand seeds.
+        let expected = count as f64 / 20.0;
+        let distance: f64 = bins.iter().map(|&n| (f64::from(n) - expected).powi(2) / expected).sum();
+        assert!(distance < 43.8, "{distance}");
+        let all = [uniform(1, 1), uniform(1 << 32, 1), uniform(1, 1 << 32), uniform(0, 1), uniform(1, 0)];
+        for (i, a) in all.iter().enumerate() {
+            assert!(all[..i].iter().all(|b| a != b));
+        }
+    }
+
+    #[test]
+    fn zero_temperature_takes_the_largest_and_the_lowest_of_equals() {
+        let greedy = Filters { temperature: 0.0, ..PLAIN };
+        assert_eq!(pick(&[0.5, 2.0, NEVER, 2.0], &greedy, 0.99).unwrap(), 1);
+        assert_eq!(pick(&[-0.0, 0.0], &greedy, 0.99).unwrap(), 0);
+    }
+
+    #[test]
+    fn shares_are_the_probabilities() {
+        check(&logs(&[0.1, 0.4, 0.2, 0.3]), PLAIN, &[0.1, 0.4, 0.2, 0.3]);
+        check(&[NEVER, 0.0, NEVER, 0.0, NEVER], PLAIN, &[0.0, 0.5, 0.0, 0.5, 0.0]);
+    }
+
+    #[test]
+    fn temperature_sharpens_and_flattens() {
+        let logits = logs(&[0.2, 0.8]);
+        check(&logits, Filters { temperature: 0.5, ..PLAIN }, &[0.04 / 0.68, 0.64 / 0.68]);
+        check(&logits, Filters { temperature: 2.0, ..PLAIN }, &[1.0 / 3.0, 2.0 / 3.0]);
+        // Colder than a float can divide by without overflow: still the most probable token.
+        check(&logits, Filters { temperature: f32::MIN_POSITIVE, ..PLAIN }, &[0.0, 1.0]);
+    }
+
+    #[test]
+    fn top_k_keeps_the_best_and_ties_go_to_the_lower_id() {
+        let logits = logs(&[0.1, 0.3, 0.2, 0.3, 0.1]);
+        check(&logits, Filters { top_k: 1, ..PLAIN }, &[0.0, 1.0, 0.0, 0.0, 0.0]);
+        check(&logits, Filters { top_k: 3, ..PLAIN }, &[0.0, 0.375, 0.25, 0.375, 0.0]);
+        check(&logits, Filters { top_k: 4, ..PLAIN }, &[1.0 / 9.0, 3.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0, 0.0]);
+        check(&logits, Filters { top_k: 99, ..PLAIN }, &[0.1, 0.3, 0.2, 0.3, 0.1]);
+    }
+
+    #[test]
+    fn top_p_keeps_the_token_that_crosses() {
+        let logits = logs(&[0.1, 0.4, 0.2, 0.3]);
+        check(&logits, Filters { top_p: 0.0, ..PLAIN }, &[0.0, 1.0, 0.0, 0.0]);
+        check(&logits, Filters { top_p: 0.39, ..PLAIN }, &[0.0, 1.0, 0.0, 0.0]);
+        check(&logits, Filters { top_p: 0.41, ..PLAIN }, &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
+        check(&logits, Filters { top_p: 0.89, ..PLAIN }, &[0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0]);
+        check(&logits, Filters { top_p: 0.91, ..PLAIN }, &[0.1, 0.4, 0.2, 0.3]);
+        // The nucleus is that of the distribution at this temperature: 1/17 and 16/17.
+        check(&logs(&[0.2, 0.8]), Filters { temperature: 0.5, top_p: 0.9, ..PLAIN }, &[0.0, 1.0]);
+        // And of what top-k left: 4/7 and 3/7.
+        check(&logits, Filters { top_k: 2, top_p: 0.5, ..PLAIN }, &[0.0, 1.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn min_p_is_relative_to_the_best() {
+        let logits = logs(&[0.1, 0.4, 0.2, 0.3]);
+        check(&logits, Filters { min_p: 0.49, ..PLAIN }, &[0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0]);
+        check(&logits, Filters { min_p: 0.51, ..PLAIN }, &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
+        check(&logits, Filters { min_p: 1.0, ..PLAIN }, &[0.0, 1.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn the_short_cut_of_top_p_agrees_with_a_full_sort() {
+        let mut state = 0;
+        for round in 0..200u64 {
+            let logits: Vec<f32> = (0..300)
+                .map(|_| {
+                    state += 1;
+                    // Coarse steps make ties.
+                    (uniform(round, state) * 40.0).floor() as f32 * 0.25
+                })
+                .collect();
+            let top_p = uniform(round, u64::MAX) as f32;
+            let mut all: Vec<u32> = (0..300).collect();
+            let weights: Vec<f64> = logits.iter().map(|&x| f64::from((x - 9.75).exp())).collect();
+            all.sort_by(|&a, &b| better(logits[a as usize], a, logits[b as usize], b));
+            let total: f64 = weights.iter().sum();
+            let (mut mass, mut expected) = (0.0, Vec::new());
+            for &id in &all {
+                expected.push(id);
+                mass += weights[id as usize];
+                if mass >= f64::from(top_p) * total {
+                    break;
+                }
+            }
+            expected.sort_unstable();
+            let mut kept: Vec<Candidate> = (0..300)
+                .map(|token| Candidate { token, logit: logits[token as usize], weight: weights[token as usize] })
+                .collect();
+            keep_nucleus(&mut kept, f64::from(top_p));
+            assert_eq!(kept.iter().map(|candidate| candidate.token).collect::<Vec<_>>(), expected);
+        }
+    }
+
+    #[test]
+    fn the_ends_of_the_interval_never_reach_impossible_tokens() {
+        let logits = [NEVER, 0.3, 0.1, 0.2, NEVER];
+        assert_eq!(pick(&logits, &PLAIN, 0.0).unwrap(), 1);
+        assert_eq!(pick(&logits, &PLAIN, 1.0 - f64::EPSILON / 2.0).unwrap(), 3);
+    }
+
+    #[test]
+    fn broken_rows_and_rules_are_errors() {
+        for temperature in [0.0, 1.0] {
+            let filters = Filters { temperature, ..PLAIN };
+            for logits in [&[0.0, f32::NAN][..], &[f32::INFINITY], &[NEVER, NEVER], &[]] {
+                assert!(matches!(pick(logits, &filters, 0.5).unwrap_err(), Error::Internal(_)));
+            }
+        }
+        for filters in [
+            Filters { temperature: -1.0, ..PLAIN },
+            Filters { temperature: f32::NAN, ..PLAIN },
+            Filters { top_p: 1.5, ..PLAIN },
+            Filters { top_p: f32::NAN, ..PLAIN },
+            Filters { min_p: -0.1, ..PLAIN },
+        ] {
+            assert!(matches!(pick(&[0.0], &filters, 0.5).unwrap_err(), Error::Invalid { .. }));
+        }
+    }
+}

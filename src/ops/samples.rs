@@ -1,0 +1,47 @@
+//! Numbers for the tests of the operations, and comparisons that say where they fail.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use candle_core::{DType, Device, Shape, Tensor};
+
+/// `count` numbers in [-1, 1), the same for the same seed.
+pub(super) fn numbers(seed: u64, count: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x2545_f491_4f6c_dd1d;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    // The first few still look like the seed.
+    (0..count + 16).map(|_| next()).skip(16).collect()
+}
+
+/// A CPU tensor of [`numbers`].
+pub(super) fn tensor(seed: u64, shape: impl Into<Shape>) -> Tensor {
+    let shape = shape.into();
+    Tensor::from_vec(numbers(seed, shape.elem_count()), shape, &Device::Cpu).unwrap()
+}
+
+/// All elements as f32.
+pub(super) fn floats(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Every element has the same bits.
+#[track_caller]
+pub(super) fn check_bits(what: &str, left: &[f32], right: &[f32]) {
+    assert_eq!(left.len(), right.len(), "{what}: lengths");
+    if let Some(i) = left.iter().zip(right).position(|(l, r)| l.to_bits() != r.to_bits()) {
+        panic!("{what}: element {i} is {:e} and {:e}", left[i], right[i]);
+    }
+}
+
+/// Every element is within `tolerance` of the expected one.
+#[track_caller]
+pub(super) fn check_close(what: &str, got: &[f32], expected: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), expected.len(), "{what}: lengths");
+    for (i, (&got, &expected)) in got.iter().zip(expected).enumerate() {
+        let off = (f64::from(got) - expected).abs();
+        assert!(off <= tolerance, "{what}: element {i} is {got:e}, expected {expected:e}");
+    }
+}

@@ -1,0 +1,84 @@
+//! Tensors seen from a CPU body: contiguous slices of candle storages, and one output shared by threads in disjoint parts.
+
+use candle_core::{CpuStorage, Layout, WithDType};
+use half::{bf16, f16};
+
+/// The elements of a contiguous tensor, from its start offset on. Strided layouts and other types are errors that name `op`.
+pub(super) fn slice<'a, T: WithDType>(
+    op: &str,
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<&'a [T]> {
+    let (start, end) = range(op, layout)?;
+    Ok(&storage.as_slice::<T>()?[start..end])
+}
+
+/// First and past-the-end element of a contiguous tensor in its storage.
+pub(super) fn range(op: &str, layout: &Layout) -> candle_core::Result<(usize, usize)> {
+    match layout.contiguous_offsets() {
+        Some(range) => Ok(range),
+        None => candle_core::bail!(
+            "{op}: the tensor must be contiguous, it has shape {:?} and strides {:?}",
+            layout.dims(),
+            layout.stride()
+        ),
+    }
+}
+
+/// Parameters in the type they are stored in.
+#[derive(Clone, Copy)]
+pub(super) enum Weights<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+impl<'a> Weights<'a> {
+    /// The elements of a contiguous tensor of one of the three types.
+    pub(super) fn new(op: &str, storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<Self> {
+        match storage {
+            CpuStorage::F32(_) => Ok(Self::F32(slice(op, storage, layout)?)),
+            CpuStorage::BF16(_) => Ok(Self::Bf16(slice(op, storage, layout)?)),
+            CpuStorage::F16(_) => Ok(Self::F16(slice(op, storage, layout)?)),
+            _ => candle_core::bail!("{op}: weights must be f32, bf16 or f16"),
+        }
+    }
+
+    /// Elements `start..start + out.len()`, widened exactly.
+    pub(super) fn widen(&self, start: usize, out: &mut [f32]) {
+        let end = start + out.len();
+        match self {
+            Self::F32(all) => out.copy_from_slice(&all[start..end]),
+            Self::Bf16(all) => out.iter_mut().zip(&all[start..end]).for_each(|(out, x)| *out = x.to_f32()),
+            Self::F16(all) => out.iter_mut().zip(&all[start..end]).for_each(|(out, x)| *out = x.to_f32()),
+        }
+    }
+}
+
+/// A mutable slice that several threads write in disjoint parts.
+pub(super) struct Shared<'a, T> {
+    start: *mut T,
+    len: usize,
+    _borrow: std::marker::PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: the only access is `part`, whose callers promise that no two live parts overlap, so threads touch separate elements.
+#[allow(unsafe_code)]
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+
+impl<'a, T> Shared<'a, T> {
+    pub(super) fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), _borrow: std::marker::PhantomData }
+    }
+
+    /// Elements `start..start + len`; panics outside of the slice.
+    ///
+    /// # Safety
+    /// While the result lives, no other part may overlap it.
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    pub(super) unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start <= self.len && len <= self.len - start, "a part outside of the slice");
+        // SAFETY: inside the slice borrowed for 'a (checked above), and not aliased (the caller's promise).
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
