@@ -1,1 +1,156 @@
-//! Where model files come from and what they mean.
+//! Where model files come from and what they mean: a folder, the hub or the program itself becomes one `Checkpoint`,
+//! checked file by file before a large allocation. Running the model is not its business.
+
+use candle_core::Device;
+
+use crate::error::{Error, Result};
+use crate::model::config::ModelConfig;
+use crate::model::weights::Weights;
+
+pub mod embedded;
+pub mod facts;
+mod folder;
+pub mod hub;
+pub mod safetensors;
+pub mod sentencepiece;
+mod shards;
+mod source;
+
+pub use facts::TokenizerFacts;
+pub use hub::HubOptions;
+pub use safetensors::TensorInfo;
+pub use source::{Repository, Source};
+
+use folder::Folder;
+use shards::Shards;
+
+const TOKENIZER_JSON: &str = "tokenizer.json";
+const TOKENIZER_MODEL: &str = "tokenizer.model";
+const CONFIG: &str = "config.json";
+const GENERATION_CONFIG: &str = "generation_config.json";
+
+/// How far a long operation has come. Sizes are in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress<'a> {
+    /// A file is being downloaded.
+    Download {
+        /// Its name in the repository.
+        file: &'a str,
+        /// Bytes on disk, those of an earlier attempt included.
+        done: u64,
+        /// Size of the whole file.
+        total: u64,
+    },
+    /// Tensors are being read into memory.
+    Load {
+        /// Bytes read of all files.
+        done: u64,
+        /// Bytes of all tensors.
+        total: u64,
+    },
+}
+
+/// A model on disk, sound as far as can be known without reading its tensors.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    /// What to call it: the built-in name, `org/name`, or the folder's name.
+    pub name: String,
+    /// Sizes and kind of the model.
+    pub config: ModelConfig,
+    /// The tokenizer in the form of tokenizer.json, converted where the checkpoint has only tokenizer.model.
+    pub tokenizer_json: String,
+    /// What the files beside the tokenizer say.
+    pub tokenizer_config: TokenizerFacts,
+    shards: Shards,
+}
+
+struct OpenedTokenizer {
+    json: String,
+    facts: TokenizerFacts,
+}
+
+/// Opens the checkpoint that `source` names, downloading what is missing unless `options` forbid it.
+///
+/// # Errors
+/// [`Error::Checkpoint`] for files that are missing or damaged or do not fit each other, [`Error::Unsupported`] for
+/// models of another kind, [`Error::NotFound`] and [`Error::Unavailable`] for what the hub does not have or give.
+pub fn open(source: &Source, options: &HubOptions, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Checkpoint> {
+    match source {
+        Source::BuiltIn(built_in) => built_in.open(),
+        Source::Folder(path) => {
+            let folder = Folder::open(path)?;
+            Checkpoint::from_folder(folder.name(), &folder)
+        }
+        Source::Hub(repository) => {
+            let path = hub::fetch(repository, options, progress)?;
+            Checkpoint::from_folder(repository.id.clone(), &Folder::open(&path)?)
+        }
+    }
+}
+
+impl Checkpoint {
+    fn from_folder(name: String, folder: &Folder) -> Result<Self> {
+        let config = read_config(folder)?;
+        let shards = Shards::open(folder)?;
+        let tokenizer = OpenedTokenizer { json: tokenizer_json(folder)?, facts: TokenizerFacts::read(folder)? };
+        Ok(Self::assemble(name, config, tokenizer, shards))
+    }
+
+    fn assemble(name: String, config: ModelConfig, tokenizer: OpenedTokenizer, shards: Shards) -> Self {
+        Self { name, config, tokenizer_json: tokenizer.json, tokenizer_config: tokenizer.facts, shards }
+    }
+
+    /// Every tensor the files hold, without reading any.
+    pub fn headers(&self) -> Vec<TensorInfo> {
+        self.shards.infos().cloned().collect()
+    }
+
+    /// Whether the files hold the tensors that config.json asks for.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] naming all that are missing, of another shape or type, or not used.
+    pub fn check_tensors(&self) -> Result<()> {
+        self.shards.check(&self.config)
+    }
+
+    /// Reads the tensors onto `device`, after [`Checkpoint::check_tensors`].
+    ///
+    /// # Errors
+    /// As [`Checkpoint::check_tensors`], and [`Error::Checkpoint`] if a file cannot be read.
+    pub fn load_weights(&self, device: &Device, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Weights> {
+        self.check_tensors()?;
+        self.shards.load(device, progress)
+    }
+
+    /// Whether every id the tokenizer can produce has a row in the embedding.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if the tokenizer is not the model's.
+    pub fn check_token_ids(&self, largest_id: u32) -> Result<()> {
+        let rows = self.config.vocab;
+        if (largest_id as usize) < rows {
+            return Ok(());
+        }
+        Err(Error::Checkpoint(format!(
+            "{}: the tokenizer has token {largest_id}, the embedding only {rows} rows: they belong to different models",
+            self.name
+        )))
+    }
+}
+
+fn read_config(folder: &Folder) -> Result<ModelConfig> {
+    let Some(config) = folder.text(CONFIG)? else {
+        return Err(Error::Checkpoint(format!("{folder}: no {CONFIG}; is this the folder of a model?")));
+    };
+    ModelConfig::parse(&config, folder.text(GENERATION_CONFIG)?.as_deref())
+}
+
+fn tokenizer_json(folder: &Folder) -> Result<String> {
+    if let Some(json) = folder.text(TOKENIZER_JSON)? {
+        return Ok(json);
+    }
+    match folder.bytes(TOKENIZER_MODEL)? {
+        Some(model) => sentencepiece::to_tokenizer_json(&model),
+        None => Err(Error::Checkpoint(format!("{folder}: no {TOKENIZER_JSON} and no {TOKENIZER_MODEL}"))),
+    }
+}

@@ -30,22 +30,10 @@ pub struct BlockTable {
     prefix_blocks: usize,
 }
 
-/// A state of a table to go back to; see [`BlockPool::undo_reuse`].
-#[derive(Debug, Clone, Copy)]
-pub struct Mark {
-    block_count: usize,
-    prefix: PrefixId,
-}
-
 impl BlockTable {
     /// The blocks, first position first.
     pub fn blocks(&self) -> &[BlockId] {
         &self.blocks
-    }
-
-    /// The present state.
-    pub fn mark(&self) -> Mark {
-        Mark { block_count: self.blocks.len(), prefix: self.prefix }
     }
 }
 
@@ -133,12 +121,17 @@ impl BlockPool {
     }
 
     /// Adopts the blocks that hold the continuation of `table`'s full blocks in `tokens`, a private partial block giving
-    /// way to a full one. At least one token is always left to compute, since its logits are wanted. Returns how many
-    /// positions of the table are known then.
+    /// way to a full one. At least one token is left to compute, since its logits are wanted, and at least one free block
+    /// to compute it in. Returns how many positions of the table are known then.
     pub fn reuse(&mut self, table: &mut BlockTable, tokens: &[TokenId]) -> usize {
         while let Some((block, prefix)) = self.following(table, tokens) {
+            let is_partial = table.blocks.len() > table.prefix_blocks;
+            let is_free = self.blocks[block.0 as usize].owner_count == 0;
+            if self.free_count + usize::from(is_partial) <= usize::from(is_free) {
+                break;
+            }
             self.adopt(block);
-            if table.blocks.len() > table.prefix_blocks {
+            if is_partial {
                 self.release_last(table);
             }
             table.blocks.push(block);
@@ -146,15 +139,6 @@ impl BlockPool {
             table.prefix_blocks += 1;
         }
         table.prefix_blocks * self.block_size
-    }
-
-    /// Returns the blocks that [`Self::reuse`] adopted after `mark`, which was taken on a block boundary.
-    pub fn undo_reuse(&mut self, table: &mut BlockTable, mark: Mark) {
-        while table.blocks.len() > mark.block_count {
-            self.release_last(table);
-        }
-        table.prefix = mark.prefix;
-        table.prefix_blocks = mark.block_count;
     }
 
     /// Takes free blocks until `table` covers `len` positions, which must be within [`Self::reach`].
@@ -369,5 +353,155 @@ impl BlockPool {
             ));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::*;
+
+    /// A table that covers `tokens`, computed and published.
+    fn hold(pool: &mut BlockPool, tokens: &[TokenId]) -> BlockTable {
+        let mut table = BlockTable::default();
+        pool.reuse(&mut table, tokens);
+        pool.grow(&mut table, tokens.len());
+        pool.publish(&mut table, tokens, tokens.len());
+        pool.settle();
+        table
+    }
+
+    #[track_caller]
+    fn check_reuse(pool: &mut BlockPool, tokens: &[TokenId], known: usize) {
+        let mut table = BlockTable::default();
+        assert_eq!(pool.reuse(&mut table, tokens), known, "{tokens:?}");
+        pool.release(&mut table);
+        pool.audit(std::iter::empty()).unwrap();
+    }
+
+    #[test]
+    fn full_blocks_of_equal_prefixes_are_found_and_one_token_is_left() {
+        let mut pool = BlockPool::new(8, 2);
+        let mut table = hold(&mut pool, &[1, 2, 3, 4, 5]);
+        pool.release(&mut table);
+        check_reuse(&mut pool, &[1, 2, 3, 4, 5], 4);
+        check_reuse(&mut pool, &[1, 2, 3, 4], 2);
+        check_reuse(&mut pool, &[1, 2, 3, 5, 5], 2);
+        check_reuse(&mut pool, &[1, 2], 0);
+        // The second block's tokens, after another prefix and after none.
+        check_reuse(&mut pool, &[9, 9, 3, 4, 5], 0);
+        check_reuse(&mut pool, &[3, 4, 5], 0);
+    }
+
+    #[test]
+    fn a_shared_block_is_full_and_nobody_may_write_it() {
+        let mut pool = BlockPool::new(8, 2);
+        let (mut one, mut two) = (hold(&mut pool, &[1, 2, 3]), hold(&mut pool, &[1, 2, 4]));
+        assert_eq!(one.blocks()[0], two.blocks()[0]);
+        assert_ne!(one.blocks()[1], two.blocks()[1]);
+        assert!(!pool.is_writable(&one, 1) && pool.is_writable(&one, 2) && pool.is_writable(&two, 2));
+        assert_eq!(pool.used_count(), 3);
+        pool.audit([(&one, &[1, 2, 3][..]), (&two, &[1, 2, 4])].into_iter()).unwrap();
+        assert!(pool.audit([(&one, &[1, 2, 3][..])].into_iter()).unwrap_err().contains("owners"));
+        pool.release(&mut one);
+        assert!(!pool.is_writable(&two, 0));
+        pool.release(&mut two);
+        assert_eq!(pool.free_count(), 8);
+    }
+
+    #[test]
+    fn heads_of_prefixes_outlive_tails_and_unpublished_blocks_go_first() {
+        let mut pool = BlockPool::new(5, 1);
+        let mut table = hold(&mut pool, &[1, 2, 3, 4]);
+        pool.release(&mut table);
+        // One block was never used: it goes before the four, then the last of these.
+        for (used, known) in [(1, 4), (2, 3), (3, 2), (4, 1), (5, 0)] {
+            let mut other = BlockTable::default();
+            pool.grow(&mut other, used);
+            pool.release(&mut other);
+            check_reuse(&mut pool, &[1, 2, 3, 4, 5], known.min(4));
+        }
+    }
+
+    #[test]
+    fn a_recycled_parent_hides_its_children_for_good() {
+        let mut pool = BlockPool::new(4, 1);
+        let mut table = hold(&mut pool, &[1, 2]);
+        let mut child = BlockTable { blocks: table.blocks.split_off(1), ..BlockTable::default() };
+        pool.release(&mut table);
+        let mut other = BlockTable::default();
+        pool.grow(&mut other, 3);
+        pool.release(&mut other);
+        pool.release(&mut child);
+        check_reuse(&mut pool, &[1, 2, 3], 0);
+        // The same prefix again, under a new identity: the old child is not its child.
+        let mut table = hold(&mut pool, &[1]);
+        pool.release(&mut table);
+        check_reuse(&mut pool, &[1, 2, 3], 1);
+    }
+
+    #[test]
+    fn a_failed_step_leaves_nothing_to_find() {
+        let mut pool = BlockPool::new(4, 2);
+        let mut table = BlockTable::default();
+        pool.grow(&mut table, 4);
+        pool.publish(&mut table, &[1, 2, 3, 4], 2);
+        pool.settle();
+        pool.publish(&mut table, &[1, 2, 3, 4], 4);
+        pool.forget_unproven();
+        check_reuse_while_held(&mut pool, &mut table, 2);
+        pool.discard(&mut table);
+        check_reuse(&mut pool, &[1, 2, 3, 4, 5], 0);
+    }
+
+    #[track_caller]
+    fn check_reuse_while_held(pool: &mut BlockPool, held: &mut BlockTable, known: usize) {
+        let mut table = BlockTable::default();
+        assert_eq!(pool.reuse(&mut table, &[1, 2, 3, 4, 5]), known);
+        pool.release(&mut table);
+        pool.audit([(&*held, &[1, 2, 3, 4][..])].into_iter()).unwrap();
+    }
+
+    #[test]
+    fn discarding_spares_what_others_hold() {
+        let mut pool = BlockPool::new(8, 1);
+        let (mut one, mut two) = (hold(&mut pool, &[1, 2, 3]), hold(&mut pool, &[1, 2, 4]));
+        pool.discard(&mut one);
+        pool.release(&mut two);
+        check_reuse(&mut pool, &[1, 2, 4, 0], 3);
+        check_reuse(&mut pool, &[1, 2, 3, 0], 2);
+    }
+
+    #[test]
+    fn reuse_leaves_a_block_to_go_on_and_replaces_a_partial_one() {
+        let mut pool = BlockPool::new(4, 2);
+        let mut all = hold(&mut pool, &[1, 2, 3, 4, 5, 6]);
+        pool.release(&mut all);
+        let mut table = BlockTable::default();
+        pool.grow(&mut table, 1);
+        // Three blocks are free, all of them known; the partial block is returned for the one that replaces it.
+        assert_eq!(pool.reuse(&mut table, &[1, 2, 3, 4, 5, 6, 7]), 6);
+        assert_eq!((table.blocks().len(), pool.free_count()), (3, 1));
+        pool.release(&mut table);
+        let mut other = BlockTable::default();
+        pool.grow(&mut other, 2);
+        assert_eq!(pool.reuse(&mut table, &[1, 2, 3, 4, 5, 6, 7]), 4);
+        assert_eq!(pool.free_count(), 1);
+        pool.release(&mut table);
+        pool.release(&mut other);
+    }
+
+    #[test]
+    fn equal_blocks_computed_apart_continue_one_prefix() {
+        let mut pool = BlockPool::new(8, 1);
+        let mut tables = [BlockTable::default(), BlockTable::default()];
+        for table in &mut tables {
+            pool.grow(table, 2);
+            pool.publish(table, &[1, 2], 2);
+        }
+        assert_eq!(pool.published().count(), 2);
+        tables.iter_mut().for_each(|table| pool.release(table));
+        check_reuse(&mut pool, &[1, 2, 3], 2);
     }
 }

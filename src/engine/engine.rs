@@ -9,8 +9,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::blocks::BlockPool;
+use super::limits::Limits;
 use super::request::{Event, Request};
-use super::scheduler::{Limits, Scheduler};
+use super::scheduler::Scheduler;
 use super::step::Executor;
 use super::telemetry::Telemetry;
 use crate::error::{Error, Result};
@@ -165,6 +166,7 @@ pub struct Engine {
 
 impl Engine {
     /// Starts the thread. It ends when all handles are dropped and all accepted requests are answered; join it then.
+    /// A `len_max` beyond what the blocks hold is lowered to that.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a limit of zero, [`Error::Internal`] if there is no thread to be had.
@@ -187,6 +189,7 @@ impl Engine {
         if let Some((field, _)) = bounds.into_iter().find(|(_, bound)| *bound == 0) {
             return Err(Error::invalid(field, format!("{field} must be at least 1")));
         }
+        let limits = Limits { len_max: limits.len_max.min(block_count.saturating_mul(block_size)), ..limits };
         let status = Arc::new(EngineStatus {
             started: Instant::now(),
             progress_ms: AtomicU64::new(0),
@@ -305,5 +308,219 @@ impl Engine {
                 Err(_) => std::thread::yield_now(),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use std::sync::mpsc::channel;
+
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::engine::request::{Finish, SamplingParams, ScoreRows, Task, TokenId};
+    use crate::engine::step::{Last, Outcome, StepOutput, StepPlan, Want};
+
+    const LIMITS: Limits = Limits { step_tokens: 8, running_max: 2, waiting_max: 3, len_max: 1000 };
+
+    struct Fake<F>(F);
+
+    impl<F: FnMut(&StepPlan) -> Result<StepOutput> + Send> Executor for Fake<F> {
+        fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput> {
+            (self.0)(plan)
+        }
+    }
+
+    /// Every token is its own position, every reward the prompt's length.
+    fn answer(plan: &StepPlan) -> Result<StepOutput> {
+        let outcome = |chunk: &crate::engine::step::Chunk| Outcome {
+            logprobs: Vec::new(),
+            scores: Vec::new(),
+            last: match &chunk.want {
+                Want::Nothing => Last::Nothing,
+                Want::Token(draw) => Last::Token(draw.position as TokenId, None),
+                Want::Score => Last::Score((chunk.start + chunk.tokens.len()) as f32),
+            },
+        };
+        Ok(StepOutput { outcomes: plan.chunks.iter().map(outcome).collect() })
+    }
+
+    fn start(
+        executor: impl FnMut(&StepPlan) -> Result<StepOutput> + Send + 'static,
+    ) -> (EngineHandle, JoinHandle<()>, Arc<Metrics>) {
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let (handle, thread) = Engine::start("m", LIMITS, 16, 4, Box::new(Fake(executor)), &metrics).unwrap();
+        (handle, thread, metrics)
+    }
+
+    fn generate(prompt_len: usize, max_tokens: usize, room: usize) -> (Request, mpsc::Receiver<Event>) {
+        let (reply, events) = mpsc::channel(room);
+        let task = Task::Generate(Arc::new(SamplingParams { max_tokens, ..SamplingParams::default() }));
+        (Request { prompt: (0..prompt_len as TokenId).collect(), task, reply }, events)
+    }
+
+    fn read(mut events: mpsc::Receiver<Event>) -> Vec<Event> {
+        std::iter::from_fn(|| events.blocking_recv()).collect()
+    }
+
+    fn is_last(event: &Event) -> bool {
+        matches!(event, Event::Done(..) | Event::Failed(_))
+    }
+
+    #[track_caller]
+    fn check_metric(metrics: &Metrics, line: &str) {
+        let text = metrics.render().unwrap();
+        assert!(text.lines().any(|have| have == line), "no {line} in\n{text}");
+    }
+
+    #[test]
+    fn slow_readers_get_every_token_and_the_engine_ends_when_all_handles_are_dropped() {
+        let (handle, thread, metrics) = start(answer);
+        let (request, events) = generate(10, 30, 2);
+        let (reply, rewards) = mpsc::channel(2);
+        handle.submit(request).unwrap();
+        handle.submit(Request { prompt: vec![1; 7], task: Task::Score(ScoreRows::Last), reply }).unwrap();
+        drop(handle);
+        let events = read(events);
+        let ids: Vec<_> = events
+            .iter()
+            .filter_map(|event| if let Event::Token { id, .. } = event { Some(*id) } else { None })
+            .collect();
+        assert_eq!(ids, (10..40).collect::<Vec<_>>());
+        assert!(matches!(events.last(), Some(Event::Done(Finish::Length, usage)) if usage.completion_tokens == 30));
+        assert_eq!(read(rewards)[0], Event::Score(7.0));
+        thread.join().unwrap();
+        check_metric(&metrics, "eurus_generation_tokens_total{model=\"m\"} 30");
+        check_metric(&metrics, "eurus_prompt_tokens_total{model=\"m\"} 17");
+        check_metric(&metrics, "eurus_reward_tokens_total{model=\"m\"} 7");
+        check_metric(&metrics, "eurus_time_to_first_token_seconds_count{model=\"m\"} 1");
+        check_metric(&metrics, "eurus_inter_token_latency_seconds_count{model=\"m\"} 29");
+        check_metric(&metrics, "eurus_queue_seconds_count{model=\"m\"} 2");
+        check_metric(&metrics, "eurus_reward_seconds_count{model=\"m\"} 1");
+        check_metric(&metrics, "eurus_kv_blocks_used{model=\"m\"} 0");
+        check_metric(&metrics, "eurus_kv_blocks_total{model=\"m\"} 16");
+    }
+
+    #[test]
+    fn a_failed_step_fails_its_sequences_only() {
+        let mut step_count = 0;
+        let (handle, thread, _) = start(move |plan| {
+            step_count += 1;
+            if step_count == 1 { Err(Error::internal("out of memory")) } else { answer(plan) }
+        });
+        let (request, events) = generate(3, 2, 4);
+        handle.submit(request).unwrap();
+        assert_eq!(read(events), [Event::Failed(Error::internal("out of memory"))]);
+        let (request, events) = generate(3, 2, 4);
+        handle.submit(request).unwrap();
+        assert!(matches!(read(events).last(), Some(Event::Done(..))));
+        assert_eq!(handle.status().dead(), None);
+        drop(handle);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_full_queue_refuses_at_once_while_the_engine_computes() {
+        let (go, gate) = channel::<()>();
+        let (entered, inside) = channel::<()>();
+        let (handle, thread, _) = start(move |plan| {
+            entered.send(()).unwrap();
+            gate.recv().unwrap();
+            answer(plan)
+        });
+        let (request, first) = generate(3, 1, 4);
+        handle.submit(request).unwrap();
+        inside.recv().unwrap();
+        let waiting: Vec<_> = (0..LIMITS.waiting_max)
+            .map(|_| {
+                let (request, events) = generate(3, 1, 4);
+                handle.submit(request).unwrap();
+                events
+            })
+            .collect();
+        assert_eq!((handle.status().queued(), handle.status().running()), (LIMITS.waiting_max, 1));
+        assert!(handle.status().is_busy());
+        assert!(matches!(handle.submit(generate(3, 1, 4).0), Err(Error::Overloaded(_))));
+        drop(inside);
+        go.send(()).unwrap();
+        // The executor panics at its next entry, since nobody listens to it: what was submitted is answered nonetheless.
+        drop(go);
+        assert!(read(first).last().is_some_and(is_last));
+        assert!(waiting.into_iter().all(|events| read(events).last().is_some_and(is_last)));
+        thread.join().unwrap();
+        assert_eq!(handle.status().queued(), 0);
+    }
+
+    #[test]
+    fn a_panic_is_told_to_everybody() {
+        let mut step_count = 0;
+        let (handle, thread, _) = start(move |plan| {
+            step_count += 1;
+            if step_count == 50 { panic!("bad slot") } else { answer(plan) }
+        });
+        let submit_until_dead = || {
+            let mut accepted = Vec::new();
+            loop {
+                let (request, events) = generate(3, 1, 4);
+                match handle.submit(request) {
+                    Ok(()) => accepted.push(events),
+                    Err(Error::Overloaded(_)) => std::thread::yield_now(),
+                    Err(error) => return (accepted, error),
+                }
+            }
+        };
+        let outcomes: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(submit_until_dead)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for (accepted, error) in outcomes {
+            assert_eq!(error, Error::Unavailable("the engine of model m is gone: bad slot".into()));
+            for events in accepted {
+                let events = read(events);
+                assert_eq!(events.iter().filter(|event| is_last(event)).count(), 1, "{events:?}");
+            }
+        }
+        thread.join().unwrap();
+        assert_eq!((handle.status().dead(), handle.status().queued()), (Some("bad slot"), 0));
+        assert_eq!((handle.status().running(), handle.status().blocks_used()), (0, 0));
+    }
+
+    #[test]
+    fn a_dropped_reader_frees_its_blocks() {
+        let (handle, thread, metrics) = start(answer);
+        let (request, events) = generate(10, 40, 2);
+        handle.submit(request).unwrap();
+        drop(events);
+        let (request, events) = generate(2, 2, 4);
+        handle.submit(request).unwrap();
+        assert!(read(events).last().is_some_and(is_last));
+        drop(handle);
+        thread.join().unwrap();
+        check_metric(&metrics, "eurus_cancelled_total{model=\"m\"} 1");
+        check_metric(&metrics, "eurus_kv_blocks_used{model=\"m\"} 0");
+    }
+
+    #[test]
+    fn what_can_never_fit_is_refused() {
+        let (handle, thread, _) = start(answer);
+        assert_eq!(handle.limits().len_max, 64);
+        let field = |request| match handle.submit(request) {
+            Err(Error::Invalid { field, .. }) => field.unwrap(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(field(generate(0, 1, 4).0), "prompt");
+        assert_eq!(field(generate(65, 1, 4).0), "prompt");
+        assert_eq!(field(generate(60, 5, 4).0), "max_tokens");
+        assert_eq!(field(generate(3, usize::MAX, 4).0), "max_tokens");
+        assert_eq!(field(generate(3, 0, 4).0), "max_tokens");
+        assert!(matches!(handle.submit(generate(3, 1, 1).0), Err(Error::Internal(_))));
+        let zero = Limits { running_max: 0, ..LIMITS };
+        let metrics = Metrics::new().unwrap();
+        let error = Engine::start("m", zero, 1, 1, Box::new(Fake(answer)), &metrics).map(|_| ()).unwrap_err();
+        assert_eq!(error, Error::invalid("running_max", "running_max must be at least 1"));
+        drop(handle);
+        thread.join().unwrap();
     }
 }

@@ -4,6 +4,7 @@
 pub mod blocks;
 #[allow(clippy::module_inception)]
 pub mod engine;
+pub mod limits;
 pub mod request;
 pub mod scheduler;
 mod sequence;
@@ -12,6 +13,7 @@ mod telemetry;
 
 pub use blocks::{BlockPool, BlockTable};
 pub use engine::{Engine, EngineHandle, EngineStatus};
+pub use limits::Limits;
 pub use request::{Event, Finish, Request, SamplingParams, ScoreRows, Task, TokenId, TokenLogProb, Usage};
-pub use scheduler::{Counters, Limits, Scheduler};
+pub use scheduler::{Counters, Scheduler};
 pub use step::{BlockId, Chunk, Draw, Executor, Last, Outcome, Rows, SequenceId, StepOutput, StepPlan, Want};

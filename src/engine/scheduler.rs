@@ -6,69 +6,14 @@
 use std::collections::VecDeque;
 
 use super::blocks::{BlockPool, BlockTable};
-use super::request::{Request, Task, TokenId};
-use super::sequence::{Fate, Sequence, events_max};
+use super::limits::Limits;
+use super::request::{Request, TokenId};
+use super::sequence::{Fate, Sequence};
 use super::step::{Last, Outcome, SequenceId, StepOutput, StepPlan};
 use crate::error::{Error, Result};
 
 /// Steps a reader may stall before its sequence gives its place to one that waits.
 const PARKED_STEPS_MAX: u32 = 64;
-
-/// Bounds of one engine, all at least one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Tokens computed in one step.
-    pub step_tokens: usize,
-    /// Sequences that hold blocks.
-    pub running_max: usize,
-    /// Requests that wait for their first step.
-    pub waiting_max: usize,
-    /// Tokens of one sequence, prompt and completion.
-    pub len_max: usize,
-}
-
-impl Limits {
-    /// Whether `request` can ever be served within these limits by a pool of `block_count` blocks.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] naming `prompt` or `max_tokens`, or [`Error::Internal`] for a reply channel without room for
-    /// the events of one step.
-    pub fn check(&self, request: &Request, block_count: usize, block_size: usize) -> Result<()> {
-        let prompt_len = request.prompt.len();
-        let cache_len = block_count.saturating_mul(block_size);
-        if prompt_len == 0 {
-            return Err(Error::invalid("prompt", "the prompt is empty: at least one token is needed"));
-        }
-        if prompt_len > self.len_max {
-            let message = format!("the prompt has {prompt_len} tokens, this model takes at most {}", self.len_max);
-            return Err(Error::invalid("prompt", message));
-        }
-        if prompt_len > cache_len {
-            let message = format!("the prompt has {prompt_len} tokens, the cache holds {cache_len}");
-            return Err(Error::invalid("prompt", message));
-        }
-        if let Task::Generate(params) = &request.task {
-            let max_tokens = params.max_tokens;
-            if max_tokens == 0 && params.prompt_logprobs.is_none() {
-                return Err(Error::invalid(
-                    "max_tokens",
-                    "0 is for reading prompt log-probabilities; ask for 1 or more",
-                ));
-            }
-            let len_max = self.len_max.min(cache_len.saturating_add(1));
-            if prompt_len.saturating_add(max_tokens) > len_max {
-                let message = format!(
-                    "{prompt_len} tokens of prompt and max_tokens {max_tokens} exceed the {len_max} tokens there is room for"
-                );
-                return Err(Error::invalid("max_tokens", message));
-            }
-        }
-        if request.reply.max_capacity() < events_max(&request.task, false) {
-            return Err(Error::internal("the reply channel is too small for the events of one step"));
-        }
-        Ok(())
-    }
-}
 
 /// Totals since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -292,49 +237,32 @@ impl Scheduler {
         waiting.retain_mut(&mut stays);
     }
 
-    /// Oldest first. A prompt leaves one token of the budget to every younger sequence, so that it does not stop them.
+    /// Oldest first; what waits for its reader keeps its blocks and is passed over.
     fn plan_running(&mut self, draft: &mut Draft) {
         let mut index = 0;
         while index < self.running.len() && draft.budget > 0 {
-            let sequence = &self.running[index];
-            if !sequence.is_parked() {
-                let mut len = sequence.pending();
-                if len > 1 {
-                    let younger_count = self.running[index + 1..].iter().filter(|other| !other.is_parked()).count();
-                    len = len.min(draft.budget.saturating_sub(younger_count).max(1));
-                }
-                index = self.plan_one(index, len, draft);
+            if !self.running[index].is_parked() {
+                index = self.plan_one(index, draft);
             }
             index += 1;
         }
     }
 
-    /// Plans up to `len` tokens of `running[index]`, at the expense of others if there is no room for even one. Returns
-    /// its index after that.
-    fn plan_one(&mut self, mut index: usize, len: usize, draft: &mut Draft) -> usize {
-        let mark = self.running[index].table.mark();
-        let computed = self.running[index].computed;
+    /// Plans as much of `running[index]` as budget and room allow, at the expense of others if there is no room for even
+    /// one token. Returns its index after that.
+    fn plan_one(&mut self, mut index: usize, draft: &mut Draft) -> usize {
         loop {
             let sequence = &mut self.running[index];
             reuse(&mut self.pool, sequence);
             let room = self.pool.reach(&sequence.table) - sequence.computed;
             if room > 0 {
-                let len = len.min(sequence.pending()).min(room);
+                let len = sequence.pending().min(draft.budget).min(room);
                 draft.push(&mut self.pool, sequence, len);
                 return index;
             }
-            // What was reused took the last free blocks, and replaced no partial block, which would be free now.
-            if sequence.computed > computed {
-                self.pool.undo_reuse(&mut sequence.table, mark);
-                sequence.computed = computed;
-            }
-            match self.victim(index) {
-                Some(victim) => {
-                    self.preempt(victim, draft);
-                    index -= usize::from(victim < index);
-                }
-                None => return index,
-            }
+            let Some(victim) = self.victim(index) else { return index };
+            self.preempt(victim, draft);
+            index -= usize::from(victim < index);
         }
     }
 
@@ -381,11 +309,10 @@ impl Scheduler {
     /// Adopts what `waiting[index]` can reuse and says whether the rest fits; if not, nothing is adopted.
     fn has_room_for(&mut self, index: usize, reserved: usize) -> bool {
         let sequence = &mut self.waiting[index];
-        let mark = sequence.table.mark();
         reuse(&mut self.pool, sequence);
         let fits = outstanding(&self.pool, sequence) + reserved <= self.pool.free_count();
         if !fits {
-            self.pool.undo_reuse(&mut sequence.table, mark);
+            self.pool.release(&mut sequence.table);
             sequence.computed = 0;
         }
         fits
@@ -452,4 +379,201 @@ fn reuse(pool: &mut BlockPool, sequence: &mut Sequence) {
 /// Blocks that `sequence` will foreseeably ask for.
 fn outstanding(pool: &BlockPool, sequence: &Sequence) -> usize {
     pool.blocks_for(sequence.foreseeable_len()).saturating_sub(sequence.table.blocks().len())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use std::sync::Arc;
+
+    use tokio::sync::mpsc::{Receiver, channel};
+
+    use super::*;
+    use crate::engine::request::{Event, Finish, SamplingParams, ScoreRows, Task, TokenLogProb, Usage};
+    use crate::engine::step::{Rows, Want};
+
+    const LIMITS: Limits = Limits { step_tokens: 20, running_max: 4, waiting_max: 8, len_max: 100 };
+
+    fn scheduler(limits: Limits, block_count: usize) -> Scheduler {
+        Scheduler::new(limits, BlockPool::new(block_count, 4))
+    }
+
+    fn ask(scheduler: &mut Scheduler, prompt: &[TokenId], params: SamplingParams) -> Receiver<Event> {
+        let (reply, events) = channel(16);
+        scheduler.add(Request { prompt: prompt.to_vec(), task: Task::Generate(Arc::new(params)), reply }).unwrap();
+        events
+    }
+
+    fn tokens(max_tokens: usize) -> SamplingParams {
+        SamplingParams { max_tokens, ..SamplingParams::default() }
+    }
+
+    /// Every drawn token is 7, every log-probability minus its target.
+    fn answer(plan: &StepPlan) -> StepOutput {
+        let logprob = |&token: &TokenId| TokenLogProb { token, logprob: -(token as f32), top: Vec::new() };
+        let outcome = |chunk: &crate::engine::step::Chunk| Outcome {
+            logprobs: match &chunk.rows {
+                Rows::LogProbs { targets, .. } => targets.iter().map(logprob).collect(),
+                _ => Vec::new(),
+            },
+            scores: Vec::new(),
+            last: if let Want::Token(_) = chunk.want { Last::Token(7, None) } else { Last::Nothing },
+        };
+        StepOutput { outcomes: plan.chunks.iter().map(outcome).collect() }
+    }
+
+    fn step(scheduler: &mut Scheduler) -> StepPlan {
+        let plan = scheduler.plan();
+        scheduler.commit(&plan, answer(&plan));
+        scheduler.audit().unwrap();
+        plan
+    }
+
+    fn drain(events: &mut Receiver<Event>) -> Vec<Event> {
+        std::iter::from_fn(|| events.try_recv().ok()).collect()
+    }
+
+    fn lens(plan: &StepPlan) -> Vec<(u64, usize, usize)> {
+        plan.chunks.iter().map(|chunk| (chunk.id.0, chunk.start, chunk.tokens.len())).collect()
+    }
+
+    const PROMPT: [TokenId; 10] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10];
+
+    #[test]
+    fn equal_prompts_submitted_together_share_one_prefill() {
+        let mut scheduler = scheduler(LIMITS, 16);
+        let _events: Vec<_> = (0..3).map(|_| ask(&mut scheduler, &PROMPT, tokens(3))).collect();
+        let plan = step(&mut scheduler);
+        assert_eq!(lens(&plan), [(1, 0, 10), (2, 8, 2), (3, 8, 2)]);
+        assert!(plan.chunks.iter().all(|chunk| chunk.blocks[..2] == plan.chunks[0].blocks[..2]));
+        assert_eq!(scheduler.pool().used_count(), 2 + 3);
+        let Counters { prefix_queries, prefix_hits, .. } = scheduler.counters();
+        assert_eq!((prefix_queries, prefix_hits), (30, 16));
+    }
+
+    #[test]
+    fn an_answer_is_reused_by_the_next_turn() {
+        let mut scheduler = scheduler(LIMITS, 16);
+        let mut events = ask(&mut scheduler, &PROMPT, tokens(4));
+        (0..4).for_each(|_| drop(step(&mut scheduler)));
+        let usage = Usage { prompt_tokens: 10, cached_tokens: 0, completion_tokens: 4 };
+        assert_eq!(drain(&mut events).pop(), Some(Event::Done(Finish::Length, usage)));
+        assert_eq!(scheduler.pool().used_count(), 0);
+        let next = [&PROMPT[..], &[7, 7, 7, 7, 1]].concat();
+        let _events = ask(&mut scheduler, &next, tokens(1));
+        // Thirteen positions were computed: the last token drawn never is.
+        assert_eq!(lens(&step(&mut scheduler)), [(2, 12, 3)]);
+    }
+
+    #[test]
+    fn the_youngest_gives_its_blocks_and_draws_on_as_if_nothing_had_been() {
+        let mut scheduler = scheduler(LIMITS, 6);
+        let mut events = [ask(&mut scheduler, &PROMPT, tokens(14)), ask(&mut scheduler, &[9; 4], tokens(7))];
+        let mut positions = Vec::new();
+        while !scheduler.is_idle() {
+            for chunk in step(&mut scheduler).chunks.iter().filter(|chunk| chunk.id.0 == 2) {
+                if let Want::Token(draw) = &chunk.want {
+                    positions.push(draw.position);
+                }
+            }
+        }
+        assert_eq!(positions, (4..11).collect::<Vec<_>>());
+        assert_eq!(scheduler.counters().preemptions, 1);
+        let counts = events.each_mut().map(|events| drain(events).len());
+        assert_eq!(counts, [15, 8]);
+    }
+
+    #[test]
+    fn a_stalled_reader_keeps_its_blocks_until_others_need_its_place() {
+        let mut scheduler = scheduler(Limits { running_max: 2, ..LIMITS }, 32);
+        let (reply, mut stalled) = channel(3);
+        let task = Task::Generate(Arc::new(tokens(10)));
+        scheduler.add(Request { prompt: PROMPT.to_vec(), task, reply }).unwrap();
+        let (mut busy, _next) = (ask(&mut scheduler, &[3; 3], tokens(90)), ask(&mut scheduler, &[4; 3], tokens(1)));
+        // Two tokens and the room for the last event: then the first is passed over, and the third waits for a place.
+        assert_eq!(lens(&step(&mut scheduler)).len(), 2);
+        assert_eq!(lens(&step(&mut scheduler)).len(), 2);
+        for _ in 0..PARKED_STEPS_MAX {
+            assert_eq!(lens(&step(&mut scheduler))[0].0, 2);
+            drain(&mut busy);
+        }
+        assert_eq!(scheduler.running_ids().collect::<Vec<_>>(), [SequenceId(1), SequenceId(2)]);
+        step(&mut scheduler);
+        assert_eq!(scheduler.waiting_ids().collect::<Vec<_>>(), [(SequenceId(1), false), (SequenceId(3), true)]);
+        assert_eq!(lens(&step(&mut scheduler))[1], (3, 0, 3));
+        // It reads again: its prompt and its first token are still in the cache, two blocks of them full.
+        assert_eq!(drain(&mut stalled).len(), 2);
+        assert_eq!(lens(&step(&mut scheduler))[1], (1, 8, 4));
+    }
+
+    #[test]
+    fn prompt_log_probabilities_cover_every_token_but_the_first() {
+        let mut scheduler = scheduler(Limits { step_tokens: 4, ..LIMITS }, 16);
+        let params = SamplingParams { prompt_logprobs: Some(0), ..tokens(0) };
+        let mut events = ask(&mut scheduler, &PROMPT, params);
+        let targets: Vec<_> = (0..3)
+            .map(|_| match &step(&mut scheduler).chunks[0].rows {
+                Rows::LogProbs { targets, .. } => targets.clone(),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(targets, [vec![2, 3, 4, 5], vec![6, 7, 8, 9], vec![10]]);
+        let events = drain(&mut events);
+        let Event::Prompt(logprobs) = &events[0] else { panic!("{events:?}") };
+        assert_eq!(logprobs.iter().map(|one| -one.logprob as TokenId).collect::<Vec<_>>(), &PROMPT[1..]);
+        assert!(matches!(events[1..], [Event::Done(Finish::Length, Usage { completion_tokens: 0, .. })]));
+    }
+
+    #[test]
+    fn one_failure_is_its_own_and_leaves_no_cache_behind() {
+        let mut scheduler = scheduler(LIMITS, 16);
+        let (mut bad, mut good) = (ask(&mut scheduler, &PROMPT, tokens(2)), ask(&mut scheduler, &[5; 5], tokens(1)));
+        let plan = scheduler.plan();
+        let mut output = answer(&plan);
+        output.outcomes[0].last = Last::Failed(Error::internal("not a number"));
+        scheduler.commit(&plan, output);
+        scheduler.audit().unwrap();
+        assert_eq!(drain(&mut bad), [Event::Failed(Error::internal("not a number"))]);
+        assert_eq!(drain(&mut good).len(), 2);
+        let _events = ask(&mut scheduler, &PROMPT, tokens(1));
+        assert_eq!(lens(&step(&mut scheduler)), [(3, 0, 10)]);
+    }
+
+    #[test]
+    fn an_executor_that_answers_something_else_fails_the_sequence() {
+        let mut scheduler = scheduler(LIMITS, 16);
+        let wrong: [fn(&mut StepOutput); 4] = [
+            |output| output.outcomes[0].last = Last::Score(1.0),
+            |output| output.outcomes[0].last = Last::Nothing,
+            |output| output.outcomes[0].scores.push(1.0),
+            |output| output.outcomes.clear(),
+        ];
+        for spoil in wrong {
+            let mut events = ask(&mut scheduler, &PROMPT, tokens(1));
+            let plan = scheduler.plan();
+            let mut output = answer(&plan);
+            spoil(&mut output);
+            scheduler.commit(&plan, output);
+            assert!(matches!(drain(&mut events)[..], [Event::Failed(Error::Internal(_))]));
+            assert!(scheduler.is_idle() && scheduler.pool().used_count() == 0);
+        }
+    }
+
+    #[test]
+    fn every_reward_of_a_sequence_is_read_once_in_order() {
+        let mut scheduler = scheduler(Limits { step_tokens: 4, ..LIMITS }, 16);
+        let (reply, mut events) = channel(3);
+        scheduler.add(Request { prompt: PROMPT.to_vec(), task: Task::Score(ScoreRows::All), reply }).unwrap();
+        while !scheduler.is_idle() {
+            let plan = scheduler.plan();
+            let chunk = &plan.chunks[0];
+            let scores = (chunk.start..chunk.start + chunk.tokens.len()).map(|position| position as f32).collect();
+            let last = if chunk.want == Want::Score { Last::Score(9.0) } else { Last::Nothing };
+            scheduler.commit(&plan, StepOutput { outcomes: vec![Outcome { logprobs: Vec::new(), scores, last }] });
+        }
+        let usage = Usage { prompt_tokens: 10, ..Usage::default() };
+        let all = (0..10).map(|position| position as f32).collect();
+        assert_eq!(drain(&mut events), [Event::Scores(all), Event::Score(9.0), Event::Done(Finish::Scored, usage)]);
+    }
 }

@@ -82,7 +82,7 @@ pub struct ModelConfig {
     pub bos: Option<u32>,
     /// Tokens that end an answer: those of generation_config.json first. May be empty: then the tokenizer knows.
     pub eos: Vec<u32>,
-    /// Whether scoring appends an end-of-sequence token unless the request says otherwise (key `append_eos`).
+    /// Whether scoring appends an end-of-sequence token unless the request says otherwise.
     pub append_eos: bool,
     /// Element type the file announces (`dtype` or `torch_dtype`); the tensors themselves decide.
     pub dtype: Option<DType>,
@@ -92,8 +92,8 @@ impl ModelConfig {
     /// Reads and checks config.json and, where there is one, generation_config.json.
     ///
     /// # Errors
-    /// [`crate::error::Error::Unsupported`] for a sound description of a model that this program does not run, otherwise
-    /// [`crate::error::Error::Checkpoint`]; either names every offending key.
+    /// [`crate::error::Error::Unsupported`] for a sound description of a model that this program does not run,
+    /// otherwise [`crate::error::Error::Checkpoint`]; either names every offending key.
     pub fn parse(config_json: &str, generation_config_json: Option<&str>) -> Result<Self> {
         let mut keys = Keys::parse("config.json", config_json)?;
         let mut generation = Keys::parse("generation_config.json", generation_config_json.unwrap_or("{}"))?;

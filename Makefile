@@ -1,0 +1,28 @@
+# Names commands, holds no logic. `make` lists them.
+.PHONY: help build test ci clients serve health fmt lint doc bench image
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+build: ## release binary at target/release/eurus
+	cargo build --release
+test: ## all tests, no network
+	cargo test
+ci: ## what a change must pass
+	.ci/run
+clients: ## the Python clients against a development build
+	.ci/clients.sh
+serve: ## the built-in models on http://127.0.0.1:8000
+	cargo run --release -- serve
+health: ## asks the server on this machine
+	cargo run --release -- health
+fmt: ## formats the sources
+	cargo fmt
+lint: ## clippy, warnings denied
+	cargo clippy --all-targets -- -D warnings
+doc: ## the library's documentation, warnings denied
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
+bench: ## micro-benchmarks of the operations
+	cargo bench
+image: ## container image for CPUs
+	docker build -t eurus .

@@ -1,0 +1,160 @@
+//! From settings to one served model: opens the checkpoint, plans memory, loads, and starts the engine.
+
+use std::{
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Instant, SystemTime, UNIX_EPOCH},
+};
+
+use candle_core::Device;
+
+use super::{memory::MemoryPlan, progress::ProgressLine};
+use crate::{
+    checkpoint::{self, Checkpoint, HubOptions, Source},
+    config::Config,
+    device,
+    engine::{Engine, Limits},
+    error::{Error, Result},
+    metrics::Metrics,
+    model::{Model, config::HeadKind},
+    runner::{Runner, kv_cache::KvCache},
+    service::{Kind, ServedModel},
+    text::{ChatTemplate, Tokenizer, tokenizer::SpecialTokens},
+};
+
+/// The policy or the reward model of `config`, running.
+///
+/// # Errors
+/// A checkpoint that cannot be had, is damaged, of the wrong kind, or does not fit into memory.
+pub(super) fn load(kind: Kind, config: &Config, metrics: &Metrics) -> Result<(ServedModel, JoinHandle<()>)> {
+    let checkpoint = timed(metrics, "open", || open(kind, config))?;
+    check_kind(kind, &checkpoint)?;
+    let name = match kind {
+        Kind::Policy => &config.model_name,
+        Kind::Reward => &config.reward_model_name,
+    };
+    let name = name.clone().unwrap_or_else(|| checkpoint.name.clone());
+    let tokenizer = Arc::new(tokenizer(&checkpoint)?);
+    let template = Arc::new(template(&checkpoint)?);
+
+    let weight_bytes = checkpoint.headers().iter().map(|tensor| tensor.bytes).sum();
+    let plan = MemoryPlan::new(&checkpoint.config, weight_bytes, &config.engine, device::memory_available())?;
+    tracing::info!(model = name, template = template.name(), "{plan}");
+    if plan.cache_len() < plan.len_max {
+        tracing::warn!(model = name, "the cache holds {} tokens: longer sequences are refused", plan.cache_len());
+    }
+    let runner = timed(metrics, "load", || runner(&checkpoint, &plan))?;
+
+    let limits = Limits {
+        step_tokens: config.engine.step_tokens,
+        running_max: config.engine.running_max,
+        waiting_max: config.engine.waiting_max,
+        len_max: plan.len_max,
+    };
+    let executor = Box::new(runner);
+    let (engine, thread) = Engine::start(&name, limits, plan.block_count, plan.block_size, executor, metrics)?;
+    let model = ServedModel {
+        name,
+        aliases: Vec::new(),
+        kind,
+        eos_ids: eos_ids(&checkpoint, &tokenizer),
+        tokenizer,
+        template,
+        engine,
+        len_max: plan.len_max,
+        vocab_size: checkpoint.config.vocab,
+        append_eos: checkpoint.config.append_eos,
+        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+    };
+    Ok((model, thread))
+}
+
+/// The checkpoint of the policy or the reward model of `config`.
+///
+/// # Errors
+/// As [`checkpoint::open`].
+pub(super) fn open(kind: Kind, config: &Config) -> Result<Checkpoint> {
+    let (source, revision) = match kind {
+        Kind::Policy => (&config.model, &config.hub.revision),
+        Kind::Reward => (&config.reward_model, &config.hub.reward_revision),
+    };
+    let mut options = HubOptions::from_env();
+    options.revision.clone_from(revision);
+    options.offline |= config.hub.offline;
+    open_source(source, &options)
+}
+
+fn open_source(source: &str, options: &HubOptions) -> Result<Checkpoint> {
+    let mut line = ProgressLine::start();
+    let checkpoint = checkpoint::open(&Source::parse(source)?, options, &mut |progress| line.show(progress));
+    line.end();
+    checkpoint
+}
+
+pub(super) fn check_kind(kind: Kind, checkpoint: &Checkpoint) -> Result<()> {
+    match (kind, checkpoint.config.head) {
+        (Kind::Policy, HeadKind::Language) | (Kind::Reward, HeadKind::Reward) => Ok(()),
+        (Kind::Policy, HeadKind::Reward) => {
+            let message = format!("{} is a reward model: give it as reward_model", checkpoint.name);
+            Err(Error::invalid("model", message))
+        }
+        (Kind::Reward, HeadKind::Language) => {
+            Err(Error::invalid("reward_model", format!("{} has no reward head", checkpoint.name)))
+        }
+    }
+}
+
+pub(super) fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    let facts = &checkpoint.tokenizer_config;
+    let special = SpecialTokens {
+        bos: facts.bos_token.clone(),
+        eos: facts.eos_token.clone(),
+        unk: facts.unk_token.clone(),
+        add_bos: facts.add_bos_token,
+    };
+    let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json, &special)?;
+    checkpoint.check_token_ids(u32::try_from(tokenizer.vocab_size().saturating_sub(1)).map_err(Error::internal)?)?;
+    Ok(tokenizer)
+}
+
+pub(super) fn template(checkpoint: &Checkpoint) -> Result<ChatTemplate> {
+    match &checkpoint.tokenizer_config.chat_template {
+        Some(source) => ChatTemplate::from_source(checkpoint.name.clone(), source),
+        None => ChatTemplate::built_in(),
+    }
+}
+
+/// The configuration's, or else the tokenizer's.
+fn eos_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Vec<u32> {
+    if checkpoint.config.eos.is_empty() { tokenizer.eos().into_iter().collect() } else { checkpoint.config.eos.clone() }
+}
+
+fn runner(checkpoint: &Checkpoint, plan: &MemoryPlan) -> Result<Runner> {
+    let device = device::open();
+    let model = load_model(checkpoint, &device)?;
+    let cache = KvCache::new(&checkpoint.config, plan.block_count, plan.block_size, &device)?;
+    Ok(Runner::new(model, cache))
+}
+
+fn load_model(checkpoint: &Checkpoint, device: &Device) -> Result<Model> {
+    let mut line = ProgressLine::start();
+    let weights = checkpoint.load_weights(device, &mut |progress| line.show(progress));
+    line.end();
+    Model::load(checkpoint.config.clone(), weights?, device)
+}
+
+/// The model that `source` names, without tokenizer and engine.
+///
+/// # Errors
+/// A checkpoint that cannot be had or is damaged.
+pub fn model(source: &str) -> Result<Model> {
+    load_model(&open_source(source, &HubOptions::from_env())?, &device::open())
+}
+
+/// Runs a stage of the start and records how long it took.
+fn timed<T>(metrics: &Metrics, stage: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let start = Instant::now();
+    let result = work();
+    metrics.startup_seconds.with_label_values(&[stage]).observe(start.elapsed().as_secs_f64());
+    result
+}
