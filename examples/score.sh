@@ -4,8 +4,8 @@ set -euo pipefail
 curl -sS --fail-with-body "${EURUS_URL:-http://127.0.0.1:8000}/v1/rewards" -H 'Content-Type: application/json' -d '{
   "prompt": [{"role": "user", "content": "Use the numbers 3, 5, 8 to make 29."}],
   "completions": [
-    "Step 1: 3*8=24, left 5 24\nStep 2: 5+24=29, left 29\nAnswer: \\boxed{5+3*8}",
-    "Step 1: 3+5=8, left 8 8\nStep 2: 8+8=16, left 16\nAnswer: \\boxed{3+5+8}"
+    "Step 1: 8*3=24, left 5 24\nStep 2: 24+5=29, left 29\nAnswer: \\boxed{8*3+5}",
+    "Step 1: 8*3=24, left 5 24\nStep 2: 24-5=19, left 19\nAnswer: \\boxed{8*3-5}"
   ]
 }'
 echo

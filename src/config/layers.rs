@@ -13,8 +13,19 @@ use super::Config;
 use crate::error::{Error, Result};
 
 const PREFIX: &str = "EURUS_";
-/// Read elsewhere: the configuration file itself, log filters, the address that the examples talk to, test switches.
-const OTHER_VARIABLES: &[&str] = &["CONFIG", "LOG", "URL", "UPDATE_FIXTURES", "UPDATE_DOCS"];
+/// Read elsewhere: the settings file itself, log filters, what clients and examples need, switches of tests.
+const OTHER_VARIABLES: &[&str] = &[
+    "API_KEY",
+    "CI_CLIENTS",
+    "CLIENTS_VENV",
+    "CONFIG",
+    "LOG",
+    "SERVE_FIXTURES",
+    "SIMULATION_SEEDS",
+    "UPDATE_DOCS",
+    "UPDATE_FIXTURES",
+    "URL",
+];
 
 /// Settings given on the command line, by dotted key.
 #[derive(Debug, Clone, Default)]

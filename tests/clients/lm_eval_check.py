@@ -54,9 +54,11 @@ def tokens(text):
 
 def forced(context, continuation):
     """Sum of log p(token | everything before it), one generated token at a time."""
-    whole, start = tokens(context + continuation), len(tokens(context))
+    before = tokens(context)
+    # The harness cuts the tokens of the whole text at the context's length, even where a token spans the border.
+    whole = before + tokens(context + continuation)[len(before) :]
     total = 0.0
-    for position in range(start, len(whole)):
+    for position in range(len(before), len(whole)):
         body = {"model": POLICY, "prompt": whole[:position], "max_tokens": 1, "temperature": 0, "logprobs": 1}
         body |= {"logit_bias": {str(whole[position]): 100}, "return_token_ids": True, "ignore_eos": True}
         choice = post("/v1/completions", body)["choices"][0]

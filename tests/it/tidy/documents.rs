@@ -13,20 +13,32 @@ fn between<'a>(text: &'a str, start: &str, end: &str) -> &'a str {
     &text[from..from + until]
 }
 
+/// Every command by the words that call it.
+fn commands(command: &clap::Command, prefix: &str) -> Vec<String> {
+    let subcommands = command.get_subcommands().filter(|sub| sub.get_name() != "help");
+    let found = subcommands.flat_map(|sub| {
+        let path = format!("{prefix}{}", sub.get_name());
+        if sub.has_subcommands() { commands(sub, &format!("{path} ")) } else { vec![path] }
+    });
+    found.collect()
+}
+
 /// `EURUS_UPDATE_DOCS=1 cargo test --test it tidy` rewrites the tables.
 #[test]
 fn the_tables_of_flags_are_those_of_the_command_line() {
     let command = eurus::cli::command();
     let mut text = read("README.md");
-    for subcommand in command.get_subcommands().map(clap::Command::get_name).filter(|name| *name != "help") {
-        let start = format!("<!-- flags of {subcommand} -->\n");
-        let table = eurus::cli::table::markdown(&command, subcommand).unwrap();
+    let paths = commands(&command, "");
+    assert!(paths.contains(&"bench serve".to_string()), "{paths:?}");
+    for path in paths {
+        let start = format!("<!-- flags of {path} -->\n");
+        let table = eurus::cli::table::markdown(&command, &path).unwrap();
         let written = between(&text, &start, "<!-- end -->").to_string();
         if std::env::var_os("EURUS_UPDATE_DOCS").is_some() {
             text = text.replace(&format!("{start}{written}<!-- end -->"), &format!("{start}{table}<!-- end -->"));
             fs::write(root().join("README.md"), &text).unwrap();
         } else {
-            assert_eq!(written, table, "flags of {subcommand}");
+            assert_eq!(written, table, "flags of {path}");
         }
     }
 }
