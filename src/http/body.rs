@@ -266,12 +266,13 @@ mod tests {
         check(r#"{"text":"a","options":{"list":[1,"x"]}}"#, Some("options.list[1]"), "found string, expected f64");
         check(r#"{"text":"a","options":{"list":[],"more":1}}"#, Some("options.more"), "unknown field");
         check(r#"{"text":"a","tools":[{"type":"function"}]}"#, Some("tools"), "not supported yet");
+        check(r#"{"text":"\ud800"}"#, Some("text"), "hex escape");
         check(r#"{"text":null}"#, Some("text"), "found null, expected a string");
     }
 
     #[test]
     fn what_is_no_object_is_refused() {
-        for body in ["", "[]", "3", "null", "\"x\"", "{", "{\"a\":}", "\u{feff}{}", "{} {}", "{\"text\":\"\\ud800\"}"] {
+        for body in ["", "[]", "3", "null", "\"x\"", "{", "{\"a\":}", "\u{feff}{}", "{} {}"] {
             check(body, None, "JSON");
         }
     }

@@ -200,16 +200,9 @@ struct Names {
 
 impl Names {
     /// Blames the field that the caller used.
-    fn restore(self, mut error: ApiError) -> ApiError {
-        let renamed = match error.body.param.as_deref() {
-            Some("max_tokens") if self.max_tokens => Some("max_completion_tokens"),
-            Some("logprobs") => Some("top_logprobs"),
-            _ => None,
-        };
-        if let Some(name) = renamed {
-            error.body.param = Some(name.to_string());
-        }
-        error
+    fn restore(self, error: ApiError) -> ApiError {
+        let error = error.renamed("logprobs", "top_logprobs");
+        if self.max_tokens { error.renamed("max_tokens", "max_completion_tokens") } else { error }
     }
 }
 

@@ -74,6 +74,20 @@ impl ApiError {
         error
     }
 
+    /// Blames `to` where `from` is blamed: a route may call a field otherwise than the service.
+    #[must_use]
+    pub fn renamed(mut self, from: &str, to: &str) -> Self {
+        if self.body.param.as_deref() != Some(from) {
+            return self;
+        }
+        let rest = self.body.message.strip_prefix(from).filter(|rest| rest.starts_with([':', ' ']));
+        if let Some(message) = rest.map(|rest| format!("{to}{rest}")) {
+            self.body.message = message;
+        }
+        self.body.param = Some(to.to_string());
+        self
+    }
+
     /// 400: the field exists elsewhere and would change the result, but is not implemented here.
     pub fn unsupported(param: &str) -> Self {
         Self::invalid(param, format!("`{param}` is not supported yet"))
@@ -196,6 +210,17 @@ mod tests {
         check(Error::Unavailable("gone".into()), 503, "service_unavailable_error", None);
         check(Error::Internal("x".into()), 500, "internal_error", None);
         check(Error::Checkpoint("x".into()), 500, "internal_error", None);
+    }
+
+    #[test]
+    fn the_field_that_was_used_is_blamed() {
+        let error = ApiError::invalid("input", "input: number 3 is empty").renamed("input", "texts");
+        assert_eq!(
+            (error.body.message.as_str(), error.body.param.as_deref()),
+            ("texts: number 3 is empty", Some("texts"))
+        );
+        let other = ApiError::invalid("inputs", "inputs are empty");
+        assert_eq!(other.clone().renamed("input", "texts"), other);
     }
 
     #[test]

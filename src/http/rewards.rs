@@ -152,14 +152,10 @@ pub async fn score(state: &AppState, request: ScoreRequest, field: Option<&str>)
     Err(ApiError::internal())
 }
 
-/// Blames `field`, which holds the inputs, instead of the service's name for them.
-pub fn blamed(mut error: ApiError, field: Option<&str>) -> ApiError {
-    if let (Some(field), Some(param)) = (field, &mut error.body.param)
-        && ["input", "messages", "prompt", "completions"].iter().any(|name| param.starts_with(name))
-    {
-        *param = field.to_string();
-    }
-    error
+/// Blames `field`, which holds the inputs, instead of the service's names for them.
+pub fn blamed(error: ApiError, field: Option<&str>) -> ApiError {
+    let Some(field) = field else { return error };
+    ["input", "messages", "prompt", "completions"].iter().fold(error, |error, name| error.renamed(name, field))
 }
 
 impl RewardRequest {

@@ -307,6 +307,17 @@ mod tests {
     }
 
     #[test]
+    fn text_that_waited_belongs_to_the_tokens_before() {
+        for (decoder, half) in [(json!({"type": "ByteLevel"}), "æ"), (llama(), "<0xE6>")] {
+            let detokenizer = Detokenizer::parse(&decoder).unwrap();
+            let mut joiner = Joiner::new(&detokenizer, Start::Text);
+            assert_eq!(joiner.push(&detokenizer, half), Joined::default());
+            let wanted = Joined { earlier: "\u{FFFD}".to_owned(), own: "x".to_owned() };
+            assert_eq!(joiner.push(&detokenizer, "x"), wanted);
+        }
+    }
+
+    #[test]
     fn other_decoders_work_or_are_refused() {
         joined(&Value::Null, Start::Text, &["a", "b"], &["a", " b", ""]);
         let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});

@@ -106,9 +106,6 @@ impl Tokenizer {
             .map_err(|_| damaged("it cannot be built"))?
             .map_err(damaged)?
             .into_inner();
-        inner.with_post_processor(None::<PostProcessorWrapper>);
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(damaged)?;
         let bos = find(&inner, special.bos.as_deref(), "bos_token")?;
         let eos = find(&inner, special.eos.as_deref(), "eos_token")?;
         let unk = special.unk.clone().filter(|text| inner.token_to_id(text).is_some());

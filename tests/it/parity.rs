@@ -30,10 +30,11 @@ fn load(folder: &Path) -> Result<Model> {
     Model::load(config, weights(folder), &Device::Cpu)
 }
 
-/// As [`load`], for sequences of up to `positions_max` tokens whatever its config.json says.
-pub(crate) fn load_longer(folder: &Path, positions_max: usize) -> Model {
+/// As [`load`], with another configuration of the same tensors.
+pub(crate) fn load_changed(folder: &Path, change: impl FnOnce(&mut ModelConfig)) -> Model {
     let json = std::fs::read_to_string(folder.join("config.json")).unwrap();
-    let config = ModelConfig { positions_max, ..ModelConfig::parse(&json, None).unwrap() };
+    let mut config = ModelConfig::parse(&json, None).unwrap();
+    change(&mut config);
     Model::load(config, weights(folder), &Device::Cpu).unwrap()
 }
 

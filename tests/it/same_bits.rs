@@ -9,11 +9,12 @@ use eurus::engine::{
     BlockPool, Counters, Event, Executor, Limits, Request, SamplingParams, Scheduler, ScoreRows, Task, TokenId,
     TokenLogProb,
 };
+use eurus::model::config::ModelConfig;
 use eurus::ops::parallel;
 use eurus::runner::Runner;
 use tokio::sync::mpsc::{Receiver, channel};
 
-use crate::parity::{load_longer, runner};
+use crate::parity::{load_changed, runner};
 
 const MIXES: u64 = 50;
 const VOCAB: u64 = 512;
@@ -219,7 +220,12 @@ fn alone(runner: &mut Runner, ask: &Ask) -> Vec<Event> {
 #[track_caller]
 fn check(preset: &str, kind: Kind) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/serve").join(preset);
-    let model = || load_longer(&folder, LEN_MAX);
+    let change = |config: &mut ModelConfig| {
+        config.positions_max = LEN_MAX;
+        // Longer than a tile of the attention, so that where tiles begin would be seen.
+        config.window = config.window.map(|_| 90);
+    };
+    let model = || load_changed(&folder, change);
     let mut reference = runner(model(), 40, 16);
     let mut runners = BLOCK_SIZES.map(|block_size| runner(model(), (LEN_MAX + 24) / block_size + 201, block_size));
     let mut total = Counters::default();

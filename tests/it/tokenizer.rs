@@ -181,6 +181,26 @@ fn a_users_end_of_sequence_is_not_the_end_of_a_sequence() {
 }
 
 #[test]
+fn neither_overlapping_tokens_nor_private_characters_slip_through() {
+    let mut json: Value = serde_json::from_str(MINI).unwrap();
+    let mut token = json["added_tokens"][0].clone();
+    for (id, text) in [(320, "a|b"), (321, "b|c"), (322, "数")] {
+        (token["id"], token["content"]) = (id.into(), text.into());
+        json["added_tokens"].as_array_mut().unwrap().push(token.clone());
+    }
+    let tokenizer = Tokenizer::from_json(&json.to_string(), &special("<s>", "</s>")).unwrap();
+    let template = "{% for m in messages %}a|b{{ m.content }}数\u{F0000}</s>{% endfor %}";
+    let template = ChatTemplate::from_source("t", template).unwrap();
+    for content in ["a|b|c", "</s>数\u{F0000}", "b|c|ca|数"] {
+        let rendered = template.render(&[user(content)], &tokenizer, &RenderOptions::new(Ending::Complete)).unwrap();
+        assert_eq!(rendered.text, format!("a|b{content}数\u{F0000}</s>"));
+        let text = |text: &str| tokenizer.encode(text, Special::AsText, Bos::Omit).unwrap();
+        let wanted = [vec![320], text(content), vec![322], text("\u{F0000}"), vec![2]].concat();
+        assert_eq!(tokenizer.encode_rendered(&rendered).unwrap(), wanted, "{content}");
+    }
+}
+
+#[test]
 fn a_message_that_opens_with_bos_gets_the_real_one_too() {
     let tokenizer = sentencepiece_like(METASPACE);
     let template = ChatTemplate::from_source("bare", "{% for m in messages %}{{ m.content }}{% endfor %}").unwrap();
@@ -340,6 +360,16 @@ fn text_is_held_back_only_while_a_stop_string_is_possible() {
     assert_eq!((five.text.as_str(), five.stopped.as_deref()), ("", Some("12345")));
     assert_eq!(stream.token_count(), 6);
     assert_eq!(stream.push(ids("5")[0]), stream.finish());
+}
+
+#[test]
+fn text_that_ends_with_its_stop_string_is_not_held_back() {
+    let tokenizer = Arc::new(mini());
+    let ids = tokenizer.encode("1241235", Special::AsText, Bos::Omit).unwrap();
+    let mut stream = TextStream::new(tokenizer, vec!["123".to_owned()], StopText::Keep);
+    let deltas: Vec<String> = ids.into_iter().map(|id| stream.push(id).text).collect();
+    assert_eq!(deltas, ["1", "2", "4", "1", "2", "3", ""]);
+    assert_eq!(stream.token_count(), 6);
 }
 
 #[test]

@@ -149,11 +149,14 @@ impl<F> Rows<'_, F> {
 fn turn<I: Isa>(isa: I, keys: &[&[f32]; TILE], range: Range<usize>, turned: &mut [[f32; TILE]], head_dim: usize) {
     for j in (range.start / LANES * LANES..range.end).step_by(LANES) {
         for d in (0..head_dim).step_by(LANES) {
-            let rows = std::array::from_fn(|i| {
-                if range.contains(&(j + i)) { load_part(isa, keys[j + i], d) } else { isa.splat(0.0) }
-            });
-            for (row, turned) in isa.transpose(rows).into_iter().zip(&mut turned[d..]) {
-                isa.store(row, &mut turned.as_chunks_mut().0[j / LANES]);
+            let mut rows = [isa.splat(0.0); LANES];
+            for (i, row) in rows.iter_mut().enumerate() {
+                if range.contains(&(j + i)) {
+                    *row = load_part(isa, keys[j + i], d);
+                }
+            }
+            for (row, turned) in isa.transpose(rows).iter().zip(&mut turned[d..]) {
+                isa.store(*row, &mut turned.as_chunks_mut().0[j / LANES]);
             }
         }
     }
@@ -213,7 +216,9 @@ impl State {
         // Where max stays the same the factor is exactly 1.
         if max != old {
             let shrink = isa.exp(isa.splat(old - max));
-            sums.iter_mut().for_each(|sum| isa.store(isa.mul(isa.load(sum), shrink), sum));
+            for sum in sums {
+                isa.store(isa.mul(isa.load(sum), shrink), sum);
+            }
             weight = isa.mul(weight, shrink);
         }
         for scores in scores {
@@ -264,20 +269,27 @@ fn score<I: Isa, const R: usize, const C: usize>(
     for c in (0..TILE / LANES).step_by(C) {
         let mut sums = [[isa.splat(0.0); C]; R];
         for (q, k) in queries.as_chunks::<R>().0.iter().zip(keys) {
-            let k = k.as_chunks::<LANES>().0;
-            let k: [I::V; C] = std::array::from_fn(|i| isa.load(&k[c + i]));
+            let mut key = [isa.splat(0.0); C];
+            for (key, k) in key.iter_mut().zip(&k.as_chunks().0[c..]) {
+                *key = isa.load(k);
+            }
             for (sums, q) in sums.iter_mut().zip(q) {
-                let q = isa.splat(*q);
-                for (sum, k) in sums.iter_mut().zip(k) {
-                    *sum = isa.fma(q, k, *sum);
-                }
+                add_products(isa, isa.splat(*q), &key, sums);
             }
         }
-        for (sums, scores) in sums.into_iter().zip(&mut *scores) {
-            for (sum, out) in sums.into_iter().zip(&mut scores.as_chunks_mut().0[c..]) {
-                isa.store(isa.mul(sum, isa.splat(scale)), out);
+        for (sums, scores) in sums.iter().zip(&mut *scores) {
+            for (sum, out) in sums.iter().zip(&mut scores.as_chunks_mut().0[c..]) {
+                isa.store(isa.mul(*sum, isa.splat(scale)), out);
             }
         }
+    }
+}
+
+/// sum + a * b for every vector of `b`.
+#[inline(always)]
+fn add_products<I: Isa, const C: usize>(isa: I, a: I::V, b: &[I::V; C], sums: &mut [I::V; C]) {
+    for (sum, b) in sums.iter_mut().zip(b) {
+        *sum = isa.fma(a, *b, *sum);
     }
 }
 
@@ -317,21 +329,33 @@ fn add_columns<I: Isa, const R: usize, const C: usize>(
         Some(weights) => weights,
         None => return,
     };
-    let mut totals: [[I::V; C]; R] =
-        std::array::from_fn(|r| std::array::from_fn(|c| load_part(isa, &sums[r * width..], d + c * LANES)));
-    for j in range {
-        let value: [I::V; C] = std::array::from_fn(|c| load_part(isa, values[j], d + c * LANES));
-        for (totals, weights) in totals.iter_mut().zip(weights) {
-            let weight = isa.splat(weights[j]);
-            for (total, value) in totals.iter_mut().zip(value) {
-                *total = isa.fma(weight, value, *total);
-            }
+    let mut totals = [[isa.splat(0.0); C]; R];
+    for (r, totals) in totals.iter_mut().enumerate() {
+        for (total, sum) in totals.iter_mut().zip(sums[r * width + d..].as_chunks().0) {
+            *total = isa.load(sum);
         }
     }
-    for (r, totals) in totals.into_iter().enumerate() {
+    for j in range {
+        let row = &values[j][d..];
+        let mut value = [isa.splat(0.0); C];
+        if let Some(full) = row.get(..C * LANES) {
+            for (value, full) in value.iter_mut().zip(full.as_chunks().0) {
+                *value = isa.load(full);
+            }
+        } else {
+            // The end of a head_dim that is no multiple of the lanes.
+            for (c, value) in value.iter_mut().enumerate() {
+                *value = load_part(isa, row, c * LANES);
+            }
+        }
+        for (totals, weights) in totals.iter_mut().zip(weights) {
+            add_products(isa, isa.splat(weights[j]), &value, totals);
+        }
+    }
+    for (r, totals) in totals.iter().enumerate() {
         let row = &mut sums[r * width + d..][..C * LANES];
-        for (total, out) in totals.into_iter().zip(row.as_chunks_mut().0) {
-            isa.store(total, out);
+        for (total, out) in totals.iter().zip(row.as_chunks_mut().0) {
+            isa.store(*total, out);
         }
     }
 }

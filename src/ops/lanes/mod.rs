@@ -60,17 +60,25 @@ pub(super) trait Isa: Copy + Send + Sync {
     /// [`Isa::sum`] of four vectors.
     #[inline(always)]
     fn sum4(self, v: [Self::V; 4]) -> [f32; 4] {
-        v.map(|v| self.sum(v))
+        [self.sum(v[0]), self.sum(v[1]), self.sum(v[2]), self.sum(v[3])]
     }
 
     /// Lane i of vector j becomes lane j of vector i.
     #[inline(always)]
     fn transpose(self, v: [Self::V; LANES]) -> [Self::V; LANES] {
         let mut rows = [[0.0; LANES]; LANES];
-        for (v, row) in v.into_iter().zip(&mut rows) {
-            self.store(v, row);
+        for (v, row) in v.iter().zip(&mut rows) {
+            self.store(*v, row);
         }
-        std::array::from_fn(|i| self.load(&std::array::from_fn(|j| rows[j][i])))
+        let mut out = v;
+        for (i, out) in out.iter_mut().enumerate() {
+            let mut turned = [0.0; LANES];
+            for (turned, row) in turned.iter_mut().zip(&rows) {
+                *turned = row[i];
+            }
+            *out = self.load(&turned);
+        }
+        out
     }
 
     /// Lane-wise e^x with an error of about one unit in the last place: 0 below -87, infinite above 88, NaN of NaN.

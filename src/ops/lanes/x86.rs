@@ -183,8 +183,8 @@ impl Isa for Avx512 {
             }
             let mut b = a;
             for i in 0..4 {
-                let double = |x| _mm512_castps_pd(x);
-                let (p, q, r, s) = (double(a[4 * i]), double(a[4 * i + 1]), double(a[4 * i + 2]), double(a[4 * i + 3]));
+                let (p, q) = (_mm512_castps_pd(a[4 * i]), _mm512_castps_pd(a[4 * i + 1]));
+                let (r, s) = (_mm512_castps_pd(a[4 * i + 2]), _mm512_castps_pd(a[4 * i + 3]));
                 b[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(p, r));
                 b[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(p, r));
                 b[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(q, s));
@@ -254,17 +254,20 @@ impl Isa for Avx2 {
     fn load_bf16(self, x: &[bf16; LANES]) -> Pair {
         // SAFETY: AVX2, and twice 16 readable bytes; no alignment is asked for.
         unsafe {
-            [&x[..8], &x[8..]].map(|x| {
-                let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
-            })
+            let (low, high) = (_mm_loadu_si128(x.as_ptr().cast()), _mm_loadu_si128(x[8..].as_ptr().cast()));
+            let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(low));
+            let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(high));
+            [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
         }
     }
 
     #[inline(always)]
     fn load_f16(self, x: &[f16; LANES]) -> Pair {
         // SAFETY: F16C, and twice 16 readable bytes; no alignment is asked for.
-        unsafe { [&x[..8], &x[8..]].map(|x| _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast()))) }
+        unsafe {
+            let (low, high) = (_mm_loadu_si128(x.as_ptr().cast()), _mm_loadu_si128(x[8..].as_ptr().cast()));
+            [_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)]
+        }
     }
 
     #[inline(always)]
@@ -314,23 +317,24 @@ impl Isa for Avx2 {
 
     #[inline(always)]
     fn select_less(self, a: Pair, b: Pair, yes: Pair, no: Pair) -> Pair {
-        let select = |i: usize| {
-            // SAFETY: AVX.
-            unsafe { _mm256_blendv_ps(no[i], yes[i], _mm256_cmp_ps::<_CMP_LT_OQ>(a[i], b[i])) }
-        };
-        [select(0), select(1)]
+        // SAFETY: AVX.
+        unsafe {
+            let low = _mm256_blendv_ps(no[0], yes[0], _mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0]));
+            let high = _mm256_blendv_ps(no[1], yes[1], _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1]));
+            [low, high]
+        }
     }
 
     #[inline(always)]
     fn scale_by_power(self, v: Pair, t: Pair) -> Pair {
-        let scale = |i: usize| {
-            // SAFETY: AVX2.
-            unsafe {
-                let power = _mm256_slli_epi32::<23>(_mm256_castps_si256(t[i]));
-                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v[i]), power))
-            }
-        };
-        [scale(0), scale(1)]
+        // SAFETY: AVX2.
+        unsafe {
+            let low = _mm256_slli_epi32::<23>(_mm256_castps_si256(t[0]));
+            let high = _mm256_slli_epi32::<23>(_mm256_castps_si256(t[1]));
+            let low = _mm256_add_epi32(_mm256_castps_si256(v[0]), low);
+            let high = _mm256_add_epi32(_mm256_castps_si256(v[1]), high);
+            [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+        }
     }
 
     #[inline(always)]

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor};
 
 mod dot;
+mod panels;
 
 /// A linear layer without bias.
 #[derive(Debug, Clone)]
