@@ -25,8 +25,8 @@ pub(super) struct Shape {
 pub(super) fn product<E: Element>(body: Body, x: &[f32], weight: &[E], y: &mut [f32], shape: Shape) {
     assert!(x.len() == shape.rows * shape.k && weight.len() == shape.columns * shape.k);
     assert!(y.len() == shape.rows * shape.columns);
-    if shape.k == 0 {
-        return; // sums of nothing
+    if shape.rows == 0 || shape.k == 0 {
+        return; // no sums, or sums of nothing
     }
     if shape.rows >= ROWS_PANELS {
         return panels::product(body, x, weight, y, shape);
