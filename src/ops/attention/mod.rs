@@ -254,15 +254,17 @@ fn attend<'a>(
     let shared = &Shared::new(&mut out);
     parallel::for_each(pieces.len() * shape.kv_heads, |index| {
         let (piece, kv_head) = (&pieces[index / shape.kv_heads], index % shape.kv_heads);
-        body.run(Rows {
+        let rows = Rows {
+            body,
             shape,
             q,
             out: shared,
             rows: piece.rows.clone(),
             position: piece.position,
             kv_head,
-            fetch: |positions, span: &mut Span<'a>| fetch(piece.chunk, kv_head, positions, span),
-        });
+            fetch: &|positions, span| fetch(piece.chunk, kv_head, positions, span),
+        };
+        rows.compute();
     });
     out
 }

@@ -1,12 +1,14 @@
 //! The arithmetic of attention rows: online softmax over tiles that start at absolute multiples of a constant.
 //! A row's sums run over positions in order, so neither its neighbours nor the cut of its sequence can change a bit.
 
-use crate::ops::lanes::{Isa, Kernel, LANES, widen_tail};
+use crate::ops::lanes::{Body, Isa, Kernel, LANES, widen_tail};
 use crate::ops::storage::Shared;
 use std::ops::Range;
 
 /// Positions of a tile. Part of the definition of the result: the softmax is rescaled at tile ends.
 pub(super) const TILE: usize = 64;
+/// Queries that go through the registers together.
+const FEW: usize = 6;
 
 /// What all rows share.
 pub(super) struct Heads {
@@ -42,8 +44,12 @@ impl<'a> Span<'a> {
     }
 }
 
+/// Pushes the keys and values of the positions of a range, in order.
+pub(super) type Fetch<'a, 'kv> = &'a (dyn Fn(Range<usize>, &mut Span<'kv>) + 'a);
+
 /// Consecutive tokens `rows` of one sequence, the first at `position`, with all query heads that read `kv_head`.
-pub(super) struct Rows<'a, F> {
+pub(super) struct Rows<'a, 'kv> {
+    pub(super) body: Body,
     pub(super) shape: &'a Heads,
     /// `[T, heads, head_dim]`
     pub(super) q: &'a [f32],
@@ -52,36 +58,13 @@ pub(super) struct Rows<'a, F> {
     pub(super) rows: Range<usize>,
     pub(super) position: usize,
     pub(super) kv_head: usize,
-    /// Pushes the keys and values of some positions.
-    pub(super) fetch: F,
+    pub(super) fetch: Fetch<'a, 'kv>,
 }
 
-/// What a query keeps from tile to tile.
-struct State {
-    /// `[queries, head_dim rounded up to lanes]`: sums of e^(score - max) * value.
-    sums: Vec<f32>,
-    /// `[queries]`: sixteen partial sums of e^(score - max).
-    weights: Vec<[f32; LANES]>,
-    /// `[queries]`: the largest score so far.
-    max: Vec<f32>,
-    /// `[queries, TILE]`: scores of the current tile, then e^(score - max).
-    scores: Vec<[f32; TILE]>,
-    /// `[head_dim rounded up, TILE]`: keys of the current tile, turned.
-    turned: Vec<[f32; TILE]>,
-    /// Queries in the order the kernels read them: for every few of them, `[head_dim, few]`.
-    queries: Vec<f32>,
-}
-
-impl<'a, F: Fn(Range<usize>, &mut Span<'a>)> Kernel for Rows<'_, F> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let head_dim = self.shape.head_dim;
-        let share = self.shape.heads / self.shape.kv_heads;
-        let count = self.rows.len() * share;
-        let few = if I::WIDE { 6 } else { 2 };
-        let mut state = self.start(few);
+impl Rows<'_, '_> {
+    /// Computes the rows and writes them.
+    pub(super) fn compute(&self) {
+        let mut state = self.start();
         let mut span = Span { keys: [&[]; TILE], values: [&[]; TILE], end: 0 };
         let positions = self.shape.seen(self.position).start..self.position + self.rows.len();
         for tile in positions.start / TILE..positions.end.div_ceil(TILE) {
@@ -89,197 +72,332 @@ impl<'a, F: Fn(Range<usize>, &mut Span<'a>)> Kernel for Rows<'_, F> {
             let fetched = positions.start.max(first)..positions.end.min(first + TILE);
             span.end = fetched.start - first;
             (self.fetch)(fetched.clone(), &mut span);
-            turn(isa, &span.keys, fetched.start - first..fetched.end - first, &mut state.turned, head_dim);
-            for start in (0..count).step_by(few) {
-                let group = start..count.min(start + few);
-                let seen = |query: usize| {
-                    let seen = self.shape.seen(self.position + query / share);
-                    seen.start.max(first) - first..seen.end.clamp(first, first + TILE) - first
-                };
-                state.scores(isa, group.clone(), head_dim, self.shape.scale);
-                group.clone().for_each(|query| state.weigh(isa, query, seen(query)));
-                if group.clone().all(|query| seen(query) == (0..TILE)) {
-                    state.add_values(isa, group, &span.values, 0..TILE);
+            let range = fetched.start - first..fetched.end - first;
+            let head_dim = self.shape.head_dim;
+            self.body.run(Turn { keys: &span.keys, range, head_dim, turned: &mut state.turned });
+            for start in (0..state.max.len()).step_by(FEW) {
+                let group = start..state.max.len().min(start + FEW);
+                if self.body.is_wide() {
+                    self.attend::<4>(&mut state, group, &span.values, first);
                 } else {
-                    // One by one, so that no query multiplies a value it does not see, not even by zero.
-                    group.for_each(|query| state.add_values(isa, query..query + 1, &span.values, seen(query)));
+                    self.attend::<1>(&mut state, group, &span.values, first);
                 }
             }
         }
-        for query in 0..count {
-            let head = self.kv_head * share + query % share;
-            let at = ((self.rows.start + query / share) * self.shape.heads + head) * head_dim;
+        for query in 0..state.max.len() {
             // SAFETY: a row and key head belong to one piece of work each, so no other thread has these elements.
             #[allow(unsafe_code)]
-            let out = unsafe { self.out.part(at, head_dim) };
-            state.finish(isa, query, out);
+            let out = unsafe { self.out.part(self.offset(query), self.shape.head_dim) };
+            let inverse = 1.0 / self.body.run(Total(&state.weights[query]));
+            let sums = &state.sums[query * state.width..];
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * inverse);
         }
     }
-}
 
-impl<F> Rows<'_, F> {
-    fn start(&self, few: usize) -> State {
-        let head_dim = self.shape.head_dim;
-        let share = self.shape.heads / self.shape.kv_heads;
-        let count = self.rows.len() * share;
-        let padded = head_dim.next_multiple_of(LANES);
+    /// Query heads that share the key head.
+    fn share(&self) -> usize {
+        self.shape.heads / self.shape.kv_heads
+    }
+
+    /// Where a query of this piece starts in `q` and `out`.
+    fn offset(&self, query: usize) -> usize {
+        let (row, head) = (self.rows.start + query / self.share(), self.kv_head * self.share() + query % self.share());
+        (row * self.shape.heads + head) * self.shape.head_dim
+    }
+
+    fn start(&self) -> State {
+        let (head_dim, count) = (self.shape.head_dim, self.rows.len() * self.share());
+        let width = head_dim.next_multiple_of(LANES);
         let mut queries = vec![0.0; count * head_dim];
-        for (index, group) in queries.chunks_mut(few * head_dim).enumerate() {
+        for (index, group) in queries.chunks_mut(FEW * head_dim).enumerate() {
             let size = group.len() / head_dim;
             for i in 0..size {
-                let query = index * few + i;
-                let head = self.kv_head * share + query % share;
-                let q = &self.q[((self.rows.start + query / share) * self.shape.heads + head) * head_dim..][..head_dim];
+                let q = &self.q[self.offset(index * FEW + i)..][..head_dim];
                 group.iter_mut().skip(i).step_by(size).zip(q).for_each(|(out, q)| *out = *q);
             }
         }
         State {
-            sums: vec![0.0; count * padded],
+            width,
+            sums: vec![0.0; count * width],
             weights: vec![[0.0; LANES]; count],
             max: vec![f32::NEG_INFINITY; count],
             scores: vec![[0.0; TILE]; count],
-            turned: vec![[0.0; TILE]; padded],
+            turned: vec![[0.0; TILE]; width],
             queries,
         }
     }
+
+    /// A few queries over the tile that starts at position `first`; C vectors at a time.
+    fn attend<const C: usize>(&self, state: &mut State, group: Range<usize>, values: &[&[f32]; TILE], first: usize) {
+        let mut seen = [const { 0..0 }; FEW];
+        for (seen, query) in seen.iter_mut().zip(group.clone()) {
+            let all = self.shape.seen(self.position + query / self.share());
+            *seen = all.start.max(first) - first..all.end.clamp(first, first + TILE) - first;
+        }
+        let seen = &seen[..group.len()];
+        if seen.iter().all(Range::is_empty) {
+            return;
+        }
+        match group.len() {
+            1 => self.score::<1, C>(state, group.start),
+            2 => self.score::<2, C>(state, group.start),
+            3 => self.score::<3, C>(state, group.start),
+            4 => self.score::<4, C>(state, group.start),
+            5 => self.score::<5, C>(state, group.start),
+            _ => self.score::<FEW, C>(state, group.start),
+        }
+        self.body.run(Weigh {
+            scores: &mut state.scores[group.clone()],
+            seen,
+            max: &mut state.max[group.clone()],
+            weights: &mut state.weights[group.clone()],
+            sums: &mut state.sums[group.start * state.width..],
+            width: state.width,
+        });
+        if seen.iter().all(|seen| *seen == (0..TILE)) {
+            match group.len() {
+                1 => self.add_values::<1, C>(state, group.start, values, 0..TILE),
+                2 => self.add_values::<2, C>(state, group.start, values, 0..TILE),
+                3 => self.add_values::<3, C>(state, group.start, values, 0..TILE),
+                4 => self.add_values::<4, C>(state, group.start, values, 0..TILE),
+                5 => self.add_values::<5, C>(state, group.start, values, 0..TILE),
+                _ => self.add_values::<FEW, C>(state, group.start, values, 0..TILE),
+            }
+        } else {
+            // One by one, so that no query multiplies a value it does not see, not even by zero.
+            for (query, seen) in group.zip(seen) {
+                self.add_values::<1, C>(state, query, values, seen.clone());
+            }
+        }
+    }
+
+    fn score<const R: usize, const C: usize>(&self, state: &mut State, first: usize) {
+        let head_dim = self.shape.head_dim;
+        let queries = state.queries[first * head_dim..][..R * head_dim].as_chunks().0;
+        if let Some(scores) = state.scores[first..].first_chunk_mut() {
+            self.body.run(Score::<R, C> { queries, keys: &state.turned, scores, scale: self.shape.scale });
+        }
+    }
+
+    fn add_values<const R: usize, const C: usize>(
+        &self,
+        state: &mut State,
+        first: usize,
+        values: &[&[f32]; TILE],
+        range: Range<usize>,
+    ) {
+        let sums = &mut state.sums[first * state.width..][..R * state.width];
+        if let Some(weights) = state.scores[first..].first_chunk() {
+            self.body.run(AddValues::<R, C> { weights, values, range, sums });
+        }
+    }
+}
+
+/// What the queries of a piece keep from tile to tile.
+struct State {
+    /// head_dim rounded up to lanes.
+    width: usize,
+    /// `[queries, width]`: sums of e^(score - max) * value.
+    sums: Vec<f32>,
+    /// `[queries]`: sixteen partial sums of e^(score - max).
+    weights: Vec<[f32; LANES]>,
+    /// `[queries]`: the largest score so far.
+    max: Vec<f32>,
+    /// `[queries, TILE]`: scores of the current tile, then e^(score - max).
+    scores: Vec<[f32; TILE]>,
+    /// `[width, TILE]`: keys of the current tile, turned.
+    turned: Vec<[f32; TILE]>,
+    /// The queries as the kernel reads them: for every few of them, `[head_dim, few]`.
+    queries: Vec<f32>,
 }
 
 /// `turned[d][j]` = `keys[j][d]` for the positions j in `range`; rounded outwards to whole vectors, filled with zeros.
-#[inline(always)]
-fn turn<I: Isa>(isa: I, keys: &[&[f32]; TILE], range: Range<usize>, turned: &mut [[f32; TILE]], head_dim: usize) {
-    for j in (range.start / LANES * LANES..range.end).step_by(LANES) {
-        for d in (0..head_dim).step_by(LANES) {
-            let mut rows = [isa.splat(0.0); LANES];
-            for (i, row) in rows.iter_mut().enumerate() {
-                if range.contains(&(j + i)) {
-                    *row = load_part(isa, keys[j + i], d);
+struct Turn<'a> {
+    keys: &'a [&'a [f32]; TILE],
+    range: Range<usize>,
+    head_dim: usize,
+    turned: &'a mut [[f32; TILE]],
+}
+
+impl Kernel for Turn<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        for j in (self.range.start / LANES * LANES..self.range.end).step_by(LANES) {
+            for d in (0..self.head_dim).step_by(LANES) {
+                let mut rows = [isa.splat(0.0); LANES];
+                for (i, row) in rows.iter_mut().enumerate() {
+                    if self.range.contains(&(j + i)) {
+                        *row = load_part(isa, &self.keys[j + i][d..]);
+                    }
+                }
+                for (row, turned) in isa.transpose(rows).iter().zip(&mut self.turned[d..]) {
+                    isa.store(*row, &mut turned.as_chunks_mut().0[j / LANES]);
                 }
             }
-            for (row, turned) in isa.transpose(rows).iter().zip(&mut turned[d..]) {
-                isa.store(*row, &mut turned.as_chunks_mut().0[j / LANES]);
-            }
         }
     }
 }
 
-/// Sixteen elements from `at` on, zeros after the end of `row`.
+/// The first sixteen elements, zeros after the end of `row`.
 #[inline(always)]
-fn load_part<I: Isa>(isa: I, row: &[f32], at: usize) -> I::V {
-    match row[at..].first_chunk() {
+fn load_part<I: Isa>(isa: I, row: &[f32]) -> I::V {
+    match row.first_chunk() {
         Some(full) => isa.load(full),
-        None => widen_tail(isa, &row[at..]),
+        None => widen_tail(isa, row),
     }
 }
 
-impl State {
-    /// Scaled scores of a few queries with every position of the tile: chains over head_dim, one position a lane.
-    #[inline(always)]
-    fn scores<I: Isa>(&mut self, isa: I, group: Range<usize>, head_dim: usize, scale: f32) {
-        let queries = &self.queries[group.start * head_dim..group.end * head_dim];
-        let scores = &mut self.scores[group.clone()];
-        let keys = &self.turned;
-        match (I::WIDE, group.len()) {
-            (true, 1) => score::<I, 1, 4>(isa, queries, keys, scores, scale),
-            (true, 2) => score::<I, 2, 4>(isa, queries, keys, scores, scale),
-            (true, 3) => score::<I, 3, 4>(isa, queries, keys, scores, scale),
-            (true, 4) => score::<I, 4, 4>(isa, queries, keys, scores, scale),
-            (true, 5) => score::<I, 5, 4>(isa, queries, keys, scores, scale),
-            (true, _) => score::<I, 6, 4>(isa, queries, keys, scores, scale),
-            (false, 1) => score::<I, 1, 2>(isa, queries, keys, scores, scale),
-            (false, _) => score::<I, 2, 2>(isa, queries, keys, scores, scale),
-        }
-    }
-
-    /// Turns the scores of one query into weights e^(score - max), where it sees the position, and rescales what it has.
-    #[inline(always)]
-    fn weigh<I: Isa>(&mut self, isa: I, query: usize, seen: Range<usize>) {
-        if seen.is_empty() {
-            return;
-        }
-        let scores = &mut self.scores[query];
-        scores[..seen.start].fill(f32::NEG_INFINITY);
-        scores[seen.end..].fill(f32::NEG_INFINITY);
-        let old = self.max[query];
-        let scores = scores.as_chunks_mut::<LANES>().0;
-        let mut top = isa.splat(old);
-        for scores in &*scores {
-            top = isa.max(top, isa.load(scores));
-        }
-        let mut lanes = [0.0; LANES];
-        isa.store(top, &mut lanes);
-        let max = lanes.into_iter().fold(old, |a, b| if a > b { a } else { b });
-        self.max[query] = max;
-        let sums = self.sums.as_chunks_mut::<LANES>().0;
-        let width = sums.len() / self.max.len();
-        let sums = &mut sums[query * width..][..width];
-        let mut weight = isa.load(&self.weights[query]);
-        // Where max stays the same the factor is exactly 1.
-        if max != old {
-            let shrink = isa.exp(isa.splat(old - max));
-            for sum in sums {
-                isa.store(isa.mul(isa.load(sum), shrink), sum);
-            }
-            weight = isa.mul(weight, shrink);
-        }
-        for scores in scores {
-            let e = isa.exp(isa.sub(isa.load(scores), isa.splat(max)));
-            isa.store(e, scores);
-            weight = isa.add(weight, e);
-        }
-        isa.store(weight, &mut self.weights[query]);
-    }
-
-    /// Adds weight * value of the positions in `range` to the sums of a few queries.
-    #[inline(always)]
-    fn add_values<I: Isa>(&mut self, isa: I, group: Range<usize>, values: &[&[f32]; TILE], range: Range<usize>) {
-        let width = self.sums.len() / self.max.len();
-        let sums = &mut self.sums[group.start * width..group.end * width];
-        let weights = &self.scores[group.clone()];
-        match (I::WIDE, group.len()) {
-            (true, 1) => add_values::<I, 1, 4>(isa, weights, values, range, sums),
-            (true, 2) => add_values::<I, 2, 4>(isa, weights, values, range, sums),
-            (true, 3) => add_values::<I, 3, 4>(isa, weights, values, range, sums),
-            (true, 4) => add_values::<I, 4, 4>(isa, weights, values, range, sums),
-            (true, 5) => add_values::<I, 5, 4>(isa, weights, values, range, sums),
-            (true, _) => add_values::<I, 6, 4>(isa, weights, values, range, sums),
-            (false, 1) => add_values::<I, 1, 2>(isa, weights, values, range, sums),
-            (false, _) => add_values::<I, 2, 2>(isa, weights, values, range, sums),
-        }
-    }
-
-    /// The result of one query: the weighted values over the sum of the weights.
-    #[inline(always)]
-    fn finish<I: Isa>(&self, isa: I, query: usize, out: &mut [f32]) {
-        let inverse = 1.0 / isa.sum(isa.load(&self.weights[query]));
-        let width = self.sums.len() / self.max.len();
-        let sums = &self.sums[query * width..];
-        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * inverse);
-    }
-}
-
-/// `scores[r][j]` = scale * sum over d of `queries[d][r]` * `keys[d][j]`, C vectors of j at a time.
-#[inline(always)]
-fn score<I: Isa, const R: usize, const C: usize>(
-    isa: I,
-    queries: &[f32],
-    keys: &[[f32; TILE]],
-    scores: &mut [[f32; TILE]],
+/// `scores[r][j]` = scale * sum over d of `queries[d][r]` * `keys[d][j]`, each sum one chain in order of d.
+struct Score<'a, const R: usize, const C: usize> {
+    queries: &'a [[f32; R]],
+    keys: &'a [[f32; TILE]],
+    scores: &'a mut [[f32; TILE]; R],
     scale: f32,
-) {
-    for c in (0..TILE / LANES).step_by(C) {
-        let mut sums = [[isa.splat(0.0); C]; R];
-        for (q, k) in queries.as_chunks::<R>().0.iter().zip(keys) {
-            let mut key = [isa.splat(0.0); C];
-            for (key, k) in key.iter_mut().zip(&k.as_chunks().0[c..]) {
-                *key = isa.load(k);
+}
+
+impl<const R: usize, const C: usize> Kernel for Score<'_, R, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        for c in (0..TILE / LANES).step_by(C) {
+            let mut sums = [[isa.splat(0.0); C]; R];
+            for (query, key) in self.queries.iter().zip(self.keys) {
+                let mut keys = [isa.splat(0.0); C];
+                for (to, key) in keys.iter_mut().zip(&key.as_chunks().0[c..]) {
+                    *to = isa.load(key);
+                }
+                for (query, sums) in query.iter().zip(&mut sums) {
+                    add_products(isa, isa.splat(*query), &keys, sums);
+                }
             }
-            for (sums, q) in sums.iter_mut().zip(q) {
-                add_products(isa, isa.splat(*q), &key, sums);
+            for (sums, scores) in sums.iter().zip(&mut *self.scores) {
+                for (sum, out) in sums.iter().zip(&mut scores.as_chunks_mut().0[c..]) {
+                    isa.store(isa.mul(*sum, isa.splat(self.scale)), out);
+                }
             }
         }
-        for (sums, scores) in sums.iter().zip(&mut *scores) {
-            for (sum, out) in sums.iter().zip(&mut scores.as_chunks_mut().0[c..]) {
-                isa.store(isa.mul(*sum, isa.splat(scale)), out);
+    }
+}
+
+/// Turns the scores of a few queries into weights e^(score - max), 0 where a position is not seen, and rescales what there is.
+struct Weigh<'a> {
+    scores: &'a mut [[f32; TILE]],
+    seen: &'a [Range<usize>],
+    max: &'a mut [f32],
+    weights: &'a mut [[f32; LANES]],
+    /// `[queries, width]`
+    sums: &'a mut [f32],
+    width: usize,
+}
+
+impl Kernel for Weigh<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        for (i, seen) in self.seen.iter().enumerate() {
+            if seen.is_empty() {
+                continue;
+            }
+            let scores = &mut self.scores[i];
+            scores[..seen.start].fill(f32::NEG_INFINITY);
+            scores[seen.end..].fill(f32::NEG_INFINITY);
+            let scores = scores.as_chunks_mut().0;
+            let old = self.max[i];
+            let max = largest(isa, scores, old);
+            self.max[i] = max;
+            let mut weight = isa.load(&self.weights[i]);
+            // Where max stays the same the factor is exactly 1.
+            if max != old {
+                let shrink = isa.exp(isa.splat(old - max));
+                weight = isa.mul(weight, shrink);
+                for sum in self.sums[i * self.width..][..self.width].as_chunks_mut().0 {
+                    isa.store(isa.mul(isa.load(sum), shrink), sum);
+                }
+            }
+            for scores in scores {
+                let e = isa.exp(isa.sub(isa.load(scores), isa.splat(max)));
+                isa.store(e, scores);
+                weight = isa.add(weight, e);
+            }
+            isa.store(weight, &mut self.weights[i]);
+        }
+    }
+}
+
+/// The largest of `old` and all scores.
+#[inline(always)]
+fn largest<I: Isa>(isa: I, scores: &[[f32; LANES]], old: f32) -> f32 {
+    let mut top = isa.splat(old);
+    for scores in scores {
+        top = isa.max(top, isa.load(scores));
+    }
+    let mut lanes = [0.0; LANES];
+    isa.store(top, &mut lanes);
+    lanes.into_iter().fold(old, |a, b| if a > b { a } else { b })
+}
+
+/// `sums[r][d]` += `weights[r][j]` * `values[j][d]` for the positions j in `range`, in order.
+struct AddValues<'a, const R: usize, const C: usize> {
+    weights: &'a [[f32; TILE]; R],
+    values: &'a [&'a [f32]; TILE],
+    range: Range<usize>,
+    /// `[R, width]`
+    sums: &'a mut [f32],
+}
+
+impl<const R: usize, const C: usize> Kernel for AddValues<'_, R, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let width = self.sums.len() / R;
+        let mut d = 0;
+        while d < width {
+            if d + C * LANES <= width {
+                self.columns::<I, C>(isa, d, width);
+                d += C * LANES;
+            } else {
+                self.columns::<I, 1>(isa, d, width);
+                d += LANES;
+            }
+        }
+    }
+}
+
+impl<const R: usize, const C: usize> AddValues<'_, R, C> {
+    /// N vectors from `d` on.
+    #[inline(always)]
+    fn columns<I: Isa, const N: usize>(&mut self, isa: I, d: usize, width: usize) {
+        let mut totals = [[isa.splat(0.0); N]; R];
+        for (totals, sums) in totals.iter_mut().zip(self.sums.chunks_exact(width)) {
+            for (total, sum) in totals.iter_mut().zip(sums[d..].as_chunks().0) {
+                *total = isa.load(sum);
+            }
+        }
+        for j in self.range.clone() {
+            let row = &self.values[j][d..];
+            let mut value = [isa.splat(0.0); N];
+            if let Some(full) = row.get(..N * LANES) {
+                for (value, full) in value.iter_mut().zip(full.as_chunks().0) {
+                    *value = isa.load(full);
+                }
+            } else {
+                // The end of a head_dim that is no multiple of the lanes.
+                for (c, value) in value.iter_mut().enumerate() {
+                    *value = load_part(isa, &row[c * LANES..]);
+                }
+            }
+            for (totals, weights) in totals.iter_mut().zip(self.weights) {
+                add_products(isa, isa.splat(weights[j]), &value, totals);
+            }
+        }
+        for (totals, sums) in totals.iter().zip(self.sums.chunks_exact_mut(width)) {
+            for (total, sum) in totals.iter().zip(sums[d..].as_chunks_mut().0) {
+                isa.store(*total, sum);
             }
         }
     }
@@ -287,75 +405,20 @@ fn score<I: Isa, const R: usize, const C: usize>(
 
 /// sum + a * b for every vector of `b`.
 #[inline(always)]
-fn add_products<I: Isa, const C: usize>(isa: I, a: I::V, b: &[I::V; C], sums: &mut [I::V; C]) {
+fn add_products<I: Isa, const N: usize>(isa: I, a: I::V, b: &[I::V; N], sums: &mut [I::V; N]) {
     for (sum, b) in sums.iter_mut().zip(b) {
         *sum = isa.fma(a, *b, *sum);
     }
 }
 
-/// `sums[r][d]` += `weights[r][j]` * `values[j][d]` in order of j, C vectors of d at a time.
-#[inline(always)]
-fn add_values<I: Isa, const R: usize, const C: usize>(
-    isa: I,
-    weights: &[[f32; TILE]],
-    values: &[&[f32]; TILE],
-    range: Range<usize>,
-    sums: &mut [f32],
-) {
-    let width = sums.len() / R;
-    let mut d = 0;
-    while d < width {
-        if d + C * LANES <= width {
-            add_columns::<I, R, C>(isa, weights, values, range.clone(), sums, d);
-            d += C * LANES;
-        } else {
-            add_columns::<I, R, 1>(isa, weights, values, range.clone(), sums, d);
-            d += LANES;
-        }
-    }
-}
+/// The sum of sixteen partial sums.
+struct Total<'a>(&'a [f32; LANES]);
 
-#[inline(always)]
-fn add_columns<I: Isa, const R: usize, const C: usize>(
-    isa: I,
-    weights: &[[f32; TILE]],
-    values: &[&[f32]; TILE],
-    range: Range<usize>,
-    sums: &mut [f32],
-    d: usize,
-) {
-    let width = sums.len() / R;
-    let weights: &[[f32; TILE]; R] = match weights.first_chunk() {
-        Some(weights) => weights,
-        None => return,
-    };
-    let mut totals = [[isa.splat(0.0); C]; R];
-    for (r, totals) in totals.iter_mut().enumerate() {
-        for (total, sum) in totals.iter_mut().zip(sums[r * width + d..].as_chunks().0) {
-            *total = isa.load(sum);
-        }
-    }
-    for j in range {
-        let row = &values[j][d..];
-        let mut value = [isa.splat(0.0); C];
-        if let Some(full) = row.get(..C * LANES) {
-            for (value, full) in value.iter_mut().zip(full.as_chunks().0) {
-                *value = isa.load(full);
-            }
-        } else {
-            // The end of a head_dim that is no multiple of the lanes.
-            for (c, value) in value.iter_mut().enumerate() {
-                *value = load_part(isa, row, c * LANES);
-            }
-        }
-        for (totals, weights) in totals.iter_mut().zip(weights) {
-            add_products(isa, isa.splat(weights[j]), &value, totals);
-        }
-    }
-    for (r, totals) in totals.iter().enumerate() {
-        let row = &mut sums[r * width + d..][..C * LANES];
-        for (total, out) in totals.iter().zip(row.as_chunks_mut().0) {
-            isa.store(*total, out);
-        }
+impl Kernel for Total<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> f32 {
+        isa.sum(isa.load(self.0))
     }
 }

@@ -1,5 +1,6 @@
 //! Sixteen f32 lanes on AVX-512, AVX2 and plain Rust: one arithmetic, one set of bits.
 //! Kernels are written once against [`Isa`]; [`Body`] chooses the instructions at run time.
+//! Kernels are small loops: the compiler keeps sums in registers only there, and builds closures without their instructions.
 
 use half::{bf16, f16};
 
@@ -20,8 +21,6 @@ pub(super) const LANES: usize = 16;
 pub(super) trait Isa: Copy + Send + Sync {
     /// Sixteen f32.
     type V: Copy;
-    /// Whether 32 vectors fit the registers, or only eight.
-    const WIDE: bool;
 
     /// Runs `kernel` compiled for this instruction set.
     fn call<K: Kernel>(self, kernel: K) -> K::Output;
@@ -147,6 +146,15 @@ impl Body {
             all.extend(Avx512::detect().map(Self::Avx512));
         }
         all
+    }
+
+    /// Whether 32 vectors fit the registers, or only eight: the size of tiles.
+    pub(super) fn is_wide(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => true,
+            _ => false,
+        }
     }
 
     /// Runs `kernel` on this instruction set.

@@ -27,11 +27,14 @@ impl Avx2 {
     }
 }
 
+// Never inlined: a kernel among others competes with them for registers, and loses.
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
 fn with_avx512<K: Kernel>(isa: Avx512, kernel: K) -> K::Output {
     kernel.run(isa)
 }
 
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn with_avx2<K: Kernel>(isa: Avx2, kernel: K) -> K::Output {
     kernel.run(isa)
@@ -39,7 +42,6 @@ fn with_avx2<K: Kernel>(isa: Avx2, kernel: K) -> K::Output {
 
 impl Isa for Avx512 {
     type V = __m512;
-    const WIDE: bool = true;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
@@ -230,7 +232,6 @@ type Pair = [__m256; 2];
 
 impl Isa for Avx2 {
     type V = Pair;
-    const WIDE: bool = false;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {

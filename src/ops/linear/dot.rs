@@ -25,8 +25,8 @@ pub(super) struct Shape {
 pub(super) fn product<E: Element>(body: Body, x: &[f32], weight: &[E], y: &mut [f32], shape: Shape) {
     assert!(x.len() == shape.rows * shape.k && weight.len() == shape.columns * shape.k);
     assert!(y.len() == shape.rows * shape.columns);
-    if shape.k == 0 {
-        return; // sums of nothing
+    if shape.rows == 0 || shape.k == 0 {
+        return; // no sums, or sums of nothing
     }
     if shape.rows >= ROWS_PANELS {
         return panels::product(body, x, weight, y, shape);
@@ -36,12 +36,13 @@ pub(super) fn product<E: Element>(body: Body, x: &[f32], weight: &[E], y: &mut [
     parallel::for_each(shape.columns.div_ceil(size), |index| {
         let first = index * size;
         let last = shape.columns.min(first + size);
-        body.run(Columns { x, weight, y, shape, first, last });
+        Columns { body, x, weight, y, shape, first, last }.compute();
     });
 }
 
 /// Columns `first..last` of every row.
 struct Columns<'a, E> {
+    body: Body,
     x: &'a [f32],
     weight: &'a [E],
     y: &'a Shared<'a, f32>,
@@ -50,116 +51,101 @@ struct Columns<'a, E> {
     last: usize,
 }
 
-impl<E: Element> Kernel for Columns<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+impl<E: Element> Columns<'_, E> {
+    fn compute(&self) {
         // As many running sums as the registers hold, and enough to hide the latency of the addition.
-        match (I::WIDE, self.shape.rows) {
-            (true, 1..=3) => self.streams::<I, 8>(isa),
-            (true, _) => self.streams::<I, 4>(isa),
-            (false, 1) => self.streams::<I, 4>(isa),
-            (false, 2..=3) => self.streams::<I, 2>(isa),
-            (false, _) => self.streams::<I, 1>(isa),
+        match (self.body.is_wide(), self.shape.rows) {
+            (true, 1..=3) => self.streams::<3, 8>(),
+            (true, _) => self.streams::<6, 4>(),
+            (false, 1) => self.streams::<1, 4>(),
+            (false, _) => self.streams::<3, 2>(),
         }
     }
-}
 
-// No closure here or below touches a vector: rustc compiles closures without the instruction set of the kernel around them.
-impl<E: Element> Columns<'_, E> {
-    /// Cuts the columns into C streams that advance together, and a rest.
-    #[inline(always)]
-    fn streams<I: Isa, const C: usize>(&self, isa: I) {
+    /// Cuts the columns into C streams that advance together, and a rest; R rows at a time at most.
+    fn streams<const R: usize, const C: usize>(&self) {
         let each = (self.last - self.first) / C;
         for i in 0..each {
-            let mut columns = [self.first + i; C];
-            for (c, column) in columns.iter_mut().enumerate() {
-                *column += c * each;
-            }
-            self.strip(isa, columns);
+            self.strip::<R, C>(std::array::from_fn(|c| self.first + c * each + i));
         }
         for column in self.first + each * C..self.last {
-            self.strip(isa, [column]);
+            self.strip::<3, 1>([column]);
         }
     }
 
-    /// C columns of all rows, at most six rows at a time.
-    #[inline(always)]
-    fn strip<I: Isa, const C: usize>(&self, isa: I, columns: [usize; C]) {
+    /// C columns of all rows.
+    fn strip<const R: usize, const C: usize>(&self, columns: [usize; C]) {
         let rows = self.shape.rows;
-        if rows <= 3 {
-            match rows {
-                1 => self.tile::<I, 1, C>(isa, 0, columns),
-                2 => self.tile::<I, 2, C>(isa, 0, columns),
-                _ => self.tile::<I, 3, C>(isa, 0, columns),
-            }
-            return;
-        }
-        if C > 4 {
-            return; // never asked for
-        }
-        let height = rows.div_ceil(rows.div_ceil(6));
+        let height = rows.div_ceil(rows.div_ceil(R));
         for row in (0..rows).step_by(height) {
             match height.min(rows - row) {
-                1 => self.tile::<I, 1, C>(isa, row, columns),
-                2 => self.tile::<I, 2, C>(isa, row, columns),
-                3 => self.tile::<I, 3, C>(isa, row, columns),
-                4 => self.tile::<I, 4, C>(isa, row, columns),
-                5 => self.tile::<I, 5, C>(isa, row, columns),
-                _ => self.tile::<I, 6, C>(isa, row, columns),
+                1 => self.tile::<1, C>(row, columns),
+                2 => self.tile::<2, C>(row, columns),
+                3 => self.tile::<3, C>(row, columns),
+                _ if const { R <= 3 } => unreachable!("a tile has at most R rows"),
+                4 => self.tile::<4, C>(row, columns),
+                5 => self.tile::<5, C>(row, columns),
+                _ => self.tile::<6, C>(row, columns),
             }
         }
     }
 
-    #[inline(always)]
-    fn tile<I: Isa, const R: usize, const C: usize>(&self, isa: I, row: usize, columns: [usize; C]) {
+    fn tile<const R: usize, const C: usize>(&self, row: usize, columns: [usize; C]) {
         let k = self.shape.k;
         let x: [&[f32]; R] = std::array::from_fn(|r| &self.x[(row + r) * k..][..k]);
-        let w: [&[E]; C] = columns.map(|column| &self.weight[column * k..][..k]);
-        for (r, sums) in dots(isa, x, w).into_iter().enumerate() {
-            for (column, sum) in columns.into_iter().zip(sums) {
+        let w = columns.map(|column| &self.weight[column * k..][..k]);
+        let dots: [[f32; C]; R] = self.body.run(Dots { x, w });
+        for (r, dots) in dots.into_iter().enumerate() {
+            for (column, dot) in columns.into_iter().zip(dots) {
                 // SAFETY: columns belong to one index of the loop in `product` each, so no other thread has this element.
                 #[allow(unsafe_code)]
                 let out = unsafe { self.y.part((row + r) * self.shape.columns + column, 1) };
-                out[0] = sum;
+                out[0] = dot;
             }
         }
     }
 }
 
 /// The dot products of R rows with C columns, all of one length.
-#[inline(always)]
-fn dots<I: Isa, E: Element, const R: usize, const C: usize>(isa: I, x: [&[f32]; R], w: [&[E]; C]) -> [[f32; C]; R] {
-    let x = x.map(|x| x.as_chunks::<LANES>());
-    let w = w.map(|w| w.as_chunks::<LANES>());
-    let steps = x[0].0.len();
-    let (x_full, w_full) = (x.map(|x| &x.0[..steps]), w.map(|w| &w.0[..steps]));
-    let mut sums = [[isa.splat(0.0); C]; R];
-    for i in 0..steps {
-        let mut w = [isa.splat(0.0); C];
-        for (w, from) in w.iter_mut().zip(&w_full) {
-            isa.prefetch(from.as_ptr().cast::<u8>().wrapping_add(i * size_of::<[E; LANES]>() + PREFETCH_BYTES));
-            *w = E::widen(isa, &from[i]);
+struct Dots<'a, E, const R: usize, const C: usize> {
+    x: [&'a [f32]; R],
+    w: [&'a [E]; C],
+}
+
+impl<E: Element, const R: usize, const C: usize> Kernel for Dots<'_, E, R, C> {
+    type Output = [[f32; C]; R];
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> [[f32; C]; R] {
+        let steps = self.x[0].len() / LANES;
+        let x = self.x.map(|x| &x.as_chunks::<LANES>().0[..steps]);
+        let w = self.w.map(|w| &w.as_chunks::<LANES>().0[..steps]);
+        let mut sums = [[isa.splat(0.0); C]; R];
+        for i in 0..steps {
+            let mut columns = [isa.splat(0.0); C];
+            for (column, w) in columns.iter_mut().zip(&w) {
+                isa.prefetch(w.as_ptr().cast::<u8>().wrapping_add(i * size_of::<[E; LANES]>() + PREFETCH_BYTES));
+                *column = E::widen(isa, &w[i]);
+            }
+            for (x, sums) in x.iter().zip(&mut sums) {
+                add_products(isa, isa.load(&x[i]), &columns, sums);
+            }
         }
-        for (x, sums) in x_full.iter().zip(&mut sums) {
-            add_products(isa, isa.load(&x[i]), &w, sums);
+        if self.x[0].len() > steps * LANES {
+            let mut columns = [isa.splat(0.0); C];
+            for (column, w) in columns.iter_mut().zip(&self.w) {
+                *column = widen_tail(isa, &w[steps * LANES..]);
+            }
+            for (x, sums) in self.x.iter().zip(&mut sums) {
+                add_products(isa, widen_tail(isa, &x[steps * LANES..]), &columns, sums);
+            }
         }
+        let mut out = [[0.0; C]; R];
+        for (sums, out) in sums.iter().zip(&mut out) {
+            *out = fold(isa, sums);
+        }
+        out
     }
-    if !x[0].1.is_empty() {
-        let mut tails = [isa.splat(0.0); C];
-        for ((_, w), tail) in w.iter().zip(&mut tails) {
-            *tail = widen_tail(isa, w);
-        }
-        for ((_, x), sums) in x.iter().zip(&mut sums) {
-            add_products(isa, widen_tail(isa, x), &tails, sums);
-        }
-    }
-    let mut out = [[0.0; C]; R];
-    for (sums, out) in sums.iter().zip(&mut out) {
-        *out = fold(isa, sums);
-    }
-    out
 }
 
 /// One step of the running sums of one row.
