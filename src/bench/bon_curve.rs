@@ -218,7 +218,7 @@ mod tests {
         assert_eq!(curve.oracle, 100.0);
         assert_eq!(curve.chosen[0], ("reward", 50.0));
         assert_eq!(curve.chosen[3], ("logprob", 50.0));
-        let problem = vec![graded(0.0, "a", true), graded(9.0, "b", false), graded(0.0, "a", true)];
+        let problem = vec![graded(-1.0, "a", true), graded(9.0, "b", false), graded(-1.0, "a", true)];
         let curve = row(3, &[problem]);
         assert_eq!(curve.chosen, [("reward", 0.0), ("majority", 100.0), ("weighted", 0.0), ("logprob", 100.0)]);
     }
