@@ -1,5 +1,5 @@
 # Names commands, holds no logic. `make` lists them.
-.PHONY: help build test ci clients serve health fmt lint doc bench image
+.PHONY: help build test ci clients serve health fmt lint doc bench bon-curve image
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,5 +24,7 @@ doc: ## the library's documentation, warnings denied
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 bench: ## micro-benchmarks of the operations
 	cargo bench
+bon-curve: ## accuracy of best-of-n on the held-out problems of eurus-mini
+	cargo run --release -- bench bon-curve
 image: ## container image for CPUs
 	docker build -t eurus .

@@ -10,7 +10,8 @@ if [[ ! -x $venv/bin/lm_eval ]]; then
     "$venv/bin/pip" install --quiet 'openai>=2,<4' 'lm-eval[api]==0.4.13'
 fi
 
-cargo build --locked
+# As `cargo test` builds it, so that nothing is built twice.
+cargo test --locked --no-run --quiet
 binary=${CARGO_TARGET_DIR:-target}/debug/eurus
 log=$(mktemp)
 "$binary" serve --port 0 --log-format json 2>"$log" &

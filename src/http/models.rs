@@ -66,7 +66,7 @@ pub async fn list(State(state): State<AppState>) -> Json<ModelList> {
 }
 
 /// One model by its name, which may hold slashes.
-#[utoipa::path(get, path = "/v1/models/{*id}", params(("id" = String, Path, description = "name of the model")),
+#[utoipa::path(get, path = "/v1/models/{id}", params(("id" = String, Path, description = "name of the model")),
     responses((status = 200, body = ModelCard), (status = 404, body = ErrorResponse)))]
 pub async fn retrieve(
     State(state): State<AppState>,

@@ -91,7 +91,7 @@ fn describe(document: &mut Document, route: &Route) {
     if let Some(operation) = operation {
         finish(operation, route);
     }
-    document.paths.paths.insert(route.path.to_string(), item);
+    document.paths.paths.insert(route.documented_path(), item);
 }
 
 fn finish(operation: &mut Operation, route: &Route) {

@@ -18,6 +18,13 @@ pub struct Route {
     make: fn() -> MethodRouter<AppState>,
 }
 
+impl Route {
+    /// The path as OpenAPI writes it: there, a parameter that spans slashes looks like any other.
+    pub fn documented_path(&self) -> String {
+        self.path.replace("{*", "{")
+    }
+}
+
 impl std::fmt::Debug for Route {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} {}", self.method, self.path)
@@ -41,7 +48,7 @@ pub fn table() -> Vec<Route> {
         route!(post "/v1/chat/completions" chat::chat),
         route!(post "/v1/completions" completions::completions),
         route!(get "/v1/models" models::list),
-        route!(get "/v1/models/{*id}" models::retrieve),
+        route!(get "/v1/models/{*id}" models::retrieve, like "/v1/models/{id}"),
         route!(post "/tokenize" tokenize::tokenize),
         route!(post "/v1/tokenize" tokenize::tokenize, like "/tokenize"),
         route!(post "/detokenize" tokenize::detokenize),

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Times llama.cpp on the weights of one of our checkpoints, in the shape of `eurus bench model --json`.
 
-  python llama_cpp.py CHECKPOINT [--threads 2] [--prefill 512] [--batches 1,4,8,16] [--context 64] [--steps 64]
-  python llama_cpp.py CHECKPOINT --eurus target/release/eurus     alternates with our own run and prints ratios
+  python compare_llama_cpp.py CHECKPOINT [--threads 2] [--prefill 512] [--batches 1,4,8,16] [--context 64] [--steps 64]
+  python compare_llama_cpp.py CHECKPOINT --eurus target/release/eurus     alternates with our own run and prints ratios
 
 Needs: pip install llama-cpp-python gguf numpy. The GGUF file is written beside the checkpoint once.
 """
