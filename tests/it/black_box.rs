@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 const QUESTION: &str = "Use the numbers 3, 5, 8 to make 29.";
 
 /// `eurus` with nothing of the caller's environment that could change what it does.
-fn eurus(arguments: &[&str]) -> Command {
+pub(super) fn eurus(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_eurus"));
     command.args(arguments).env_clear().env("HF_HUB_OFFLINE", "1").env("HOME", "/nonexistent");
     // No eurus.toml there.

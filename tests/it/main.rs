@@ -3,6 +3,7 @@
 
 mod black_box;
 mod checkpoint;
+mod commands;
 mod concurrency;
 mod http;
 mod parity;

@@ -1,0 +1,154 @@
+//! The commands that need no server, as users run them: score, best-of-n, chat, check, and a checkpoint made for a benchmark.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::Stdio;
+
+use serde_json::{Value, json};
+
+use super::black_box::eurus;
+
+const QUESTION: &str = "Use the numbers 3, 5, 8 to make 29.";
+const RIGHT: &str = "Step 1: 8*3=24, left 5 24\nStep 2: 24+5=29, left 29\nAnswer: \\boxed{8*3+5}";
+
+/// Exit code, standard output and standard error.
+fn run(arguments: &[&str], input: &str) -> (Option<i32>, String, String) {
+    let mut command = eurus(arguments);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // A command that refuses its arguments does not read.
+    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[track_caller]
+fn rows(arguments: &[&str], input: &[Value]) -> Vec<Value> {
+    let input: String = input.iter().map(|row| format!("{row}\n")).collect();
+    let (code, output, log) = run(arguments, &input);
+    assert_eq!(code, Some(0), "{log}");
+    output.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[track_caller]
+fn check_close(found: &Value, expected: f64) {
+    assert!((found.as_f64().unwrap() - expected).abs() < 1e-4, "{found} instead of {expected}");
+}
+
+#[test]
+fn every_kind_of_row_is_scored_in_order_and_keeps_its_fields() {
+    let conversation = json!([{"role": "user", "content": QUESTION}, {"role": "assistant", "content": RIGHT}]);
+    let input = [
+        json!({"id": 7, "prompt": QUESTION, "completion": RIGHT}),
+        json!({"messages": conversation}),
+        json!({"prompt": [conversation[0]], "completions": [RIGHT, "no"]}),
+        json!({"text": format!("<s>[INST] {QUESTION} [/INST]{RIGHT}")}),
+    ];
+    let output = rows(&["score"], &input);
+    assert_eq!(output.len(), 4);
+    assert_eq!((&output[0]["id"], &output[0]["completion"]), (&json!(7), &json!(RIGHT)));
+    // The value that the reward model gives over HTTP, too.
+    for reward in [&output[0]["reward"], &output[1]["reward"], &output[2]["rewards"][0], &output[3]["reward"]] {
+        assert_eq!(reward, &output[0]["reward"]);
+    }
+    check_close(&output[0]["reward"], 0.570_452_3);
+    check_close(&output[2]["rewards"][1], -0.907_335_7);
+}
+
+#[test]
+fn a_bad_row_is_named_by_file_and_line() {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bad_rows.jsonl");
+    fs::write(&path, format!("{}\n\n{{\"prompt\": \"x\"}}\n", json!({"prompt": QUESTION, "completion": RIGHT})))
+        .unwrap();
+    let (code, output, log) = run(&["score", path.to_str().unwrap()], "");
+    assert_eq!(code, Some(2));
+    assert!(log.contains("bad_rows.jsonl:3") && log.contains("`completion`"), "{log}");
+    assert_eq!(output.lines().count(), 1, "the row before it is written: {output}");
+}
+
+#[test]
+fn the_best_of_n_is_the_candidate_with_the_highest_reward() {
+    let arguments = ["best-of-n", "-n", "6", "--seed", "1"];
+    let output = rows(&arguments, &[json!({"prompt": QUESTION, "nums": [3, 5, 8]})]);
+    let candidates = output[0]["candidates"].as_array().unwrap();
+    assert_eq!((candidates.len(), &output[0]["strategy"]), (6, &json!("reward")));
+    assert_eq!(output[0]["nums"], json!([3, 5, 8]));
+    let reward = |candidate: &Value| candidate["reward"].as_f64().unwrap();
+    let best = candidates
+        .iter()
+        .max_by(|a, b| reward(a).total_cmp(&reward(b)).then(b["index"].as_u64().cmp(&a["index"].as_u64())));
+    let best = best.unwrap();
+    assert_eq!((&output[0]["choice"], &output[0]["completion"]), (&best["index"], &best["text"]));
+    assert!(candidates.iter().any(|candidate| reward(candidate) < reward(best)));
+    assert_eq!(output, rows(&arguments, &[json!({"prompt": QUESTION, "nums": [3, 5, 8]})]), "the seed repeats it");
+}
+
+#[test]
+fn chat_says_what_the_server_says() {
+    let (code, output, log) = run(&["chat", "--temperature", "0", QUESTION], "");
+    assert_eq!(code, Some(0), "{log}");
+    assert_eq!(output, format!("{RIGHT}\n"));
+    let (_, output, _) = run(&["chat", "--temperature", "0"], &format!("{QUESTION}\n\n{QUESTION}\n"));
+    assert!(output.starts_with(&format!("{RIGHT}\n")) && output.len() > RIGHT.len() + 2, "{output}");
+}
+
+#[test]
+fn check_tells_sizes_and_every_problem_at_once() {
+    let (code, report, log) = run(&["check"], "");
+    assert_eq!(code, Some(0), "{log}");
+    for part in ["eurus-mini/policy", "eurus-mini/reward", "1.2 million", "vocabulary 320", "cache"] {
+        assert!(report.contains(part), "no {part:?} in {report}");
+    }
+    let (code, _, log) = run(&["check", "--model", "/nonexistent/model", "--reward-model", "eurus-mini/policy"], "");
+    assert_eq!(code, Some(2));
+    assert!(log.contains("/nonexistent/model") && log.contains("no reward head"), "{log}");
+}
+
+#[test]
+fn a_made_checkpoint_loads_and_is_timed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny");
+    let path = path.to_str().unwrap();
+    let shape = [
+        "--hidden",
+        "64",
+        "--layers",
+        "2",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+        "--intermediate",
+        "96",
+        "--vocab",
+        "300",
+    ];
+    let (code, _, log) = run(&[&["bench", "make-model", path], &shape[..]].concat(), "");
+    assert_eq!(code, Some(0), "{log}");
+    let (code, report, log) = run(&["check", "--model", path, "--reward-model", "none"], "");
+    assert_eq!(code, Some(0), "{log}");
+    assert!(report.contains("2 layers, hidden 64"), "{report}");
+    let times = [
+        "bench",
+        "model",
+        "--model",
+        path,
+        "--prefill",
+        "20",
+        "--context",
+        "4",
+        "--steps",
+        "3",
+        "--batches",
+        "1,3",
+        "--json",
+    ];
+    let (code, report, log) = run(&times, "");
+    assert_eq!(code, Some(0), "{log}");
+    let report: Value = serde_json::from_str(&report).unwrap();
+    assert_eq!(report["decode"].as_array().unwrap().len(), 2);
+    assert!(report["prefill_tokens_per_second"].as_f64().unwrap() > 0.0);
+    let (code, _, log) = run(&[&["bench", "make-model", path], &shape[..]].concat(), "");
+    assert_eq!(code, Some(2), "an existing folder is left alone: {log}");
+}
