@@ -1,7 +1,7 @@
 //! The commands that need no server, as users run them: score, best-of-n, chat, check, and a checkpoint made for a benchmark.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Stdio;
 
@@ -151,4 +151,22 @@ fn a_made_checkpoint_loads_and_is_timed() {
     assert!(report["prefill_tokens_per_second"].as_f64().unwrap() > 0.0);
     let (code, _, log) = run(&[&["bench", "make-model", path], &shape[..]].concat(), "");
     assert_eq!(code, Some(2), "an existing folder is left alone: {log}");
+}
+
+#[test]
+fn the_key_of_a_client_is_read_by_the_client_and_is_no_setting() {
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", server.local_addr().unwrap());
+    let mut client = eurus(&["bench", "serve", "--url", &url, "--requests", "1", "--concurrency", "1"]);
+    let mut client = client.env("EURUS_API_KEY", "sesame").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let (mut connection, _) = server.accept().unwrap();
+    let (mut head, mut byte) = (Vec::new(), [0]);
+    while !head.ends_with(b"\r\n\r\n") && connection.read(&mut byte).unwrap() == 1 {
+        head.push(byte[0]);
+    }
+    drop((connection, server));
+    assert!(String::from_utf8(head).unwrap().to_lowercase().contains("authorization: bearer sesame"));
+    client.wait().unwrap();
+    let checked = eurus(&["check"]).env("EURUS_API_KEY", "sesame").output().unwrap();
+    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
 }
