@@ -16,3 +16,4 @@ pub mod runner;
 pub mod serve;
 pub mod service;
 pub mod text;
+pub mod train;

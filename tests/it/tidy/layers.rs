@@ -55,6 +55,7 @@ const LAYERS: &[Layer] = &[
     layer("runner", &["engine", "model", "ops", "error"], NO_WEB_NO_TEXT),
     layer("text", &["error"], NO_TENSORS_NO_WEB),
     layer("service", &["engine", "text", "error", "metrics"], NO_TENSORS_NO_WEB),
+    layer("train", &["model", "ops", "text", "checkpoint", "error", "config"], WEB),
     layer("http", &["service", "error", "metrics", "config"], NO_TENSORS_NO_TEXT),
 ];
 
