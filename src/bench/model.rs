@@ -83,7 +83,7 @@ pub fn run(options: &Options, model: Model) -> Result<Report> {
     }
     let batches = if config.head == HeadKind::Language { options.batches.as_slice() } else { &[] };
     let sequences = batches.iter().copied().max().unwrap_or(1) as usize;
-    let device = model.decoder.embedding().device().clone();
+    let device = model.decoder.embedding().value().device().clone();
     let cache = KvCache::new(&config, sequences * longest.div_ceil(BLOCK_SIZE), BLOCK_SIZE, &device)?;
     let mut bench =
         Bench { runner: Runner::new(model, cache), blocks: longest.div_ceil(BLOCK_SIZE), vocab: config.vocab };

@@ -1,5 +1,5 @@
 //! The stack of Llama-shaped layers: tokens and positions in, normalised hidden states out.
-//! Knows neither caches nor gradients: how rows see each other is the caller's [`Attention`].
+//! Knows no caches: how rows see each other is the caller's [`Attention`]. Each layer's gradient stands beside it.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -8,9 +8,10 @@ use super::weights::Weights;
 use crate::error::Result;
 use crate::ops::embed::embed;
 use crate::ops::linear::Linear;
-use crate::ops::rms_norm::{add_rms_norm, rms_norm};
-use crate::ops::rope::{RopeTable, rope};
-use crate::ops::swiglu::swiglu;
+use crate::ops::parameter::Parameter;
+use crate::ops::rms_norm::{add_rms_norm, rms_norm, rms_norm_backward};
+use crate::ops::rope::{RopeTable, rope, rope_backward};
+use crate::ops::swiglu::{swiglu, swiglu_backward};
 
 /// How the rows of a batch see each other and what came before them.
 pub trait Attention {
@@ -23,31 +24,64 @@ pub trait Attention {
     fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
 }
 
+/// An attention whose gradients are known.
+pub trait AttentionGradient: Attention {
+    /// The gradients of queries, keys and values, as [`Attention::attend`] took them, from that of its result
+    /// `[T, heads * head_dim]`.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    fn attend_backward(&self, qkv: [&Tensor; 3], d_attended: &Tensor) -> Result<[Tensor; 3]>;
+}
+
 /// Embedding, layers and final norm.
 #[derive(Debug)]
 pub struct Decoder {
-    embedding: Tensor,
-    /// `norms[i]` precedes the attention of layer i; the last one follows all layers.
-    norms: Vec<Tensor>,
-    layers: Vec<Layer>,
+    pub(super) embedding: Parameter,
+    pub(super) layers: Vec<Layer>,
+    /// Follows all layers.
+    pub(super) norm: Parameter,
     table: RopeTable,
     eps: f64,
 }
 
 #[derive(Debug)]
-struct Layer {
+pub(super) struct Layer {
+    pub(super) attention_norm: Parameter,
     /// `[(heads + 2 * kv_heads) * head_dim, hidden]`: queries, keys, values.
-    qkv: Linear,
+    pub(super) qkv: Linear,
     /// `[hidden, heads * head_dim]`.
-    output: Linear,
-    mlp_norm: Tensor,
+    pub(super) output: Linear,
+    pub(super) mlp_norm: Parameter,
     /// `[2 * intermediate, hidden]`: gate, up.
-    gate_up: Linear,
+    pub(super) gate_up: Linear,
     /// `[hidden, intermediate]`.
-    down: Linear,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
+    pub(super) down: Linear,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
+}
+
+/// What a layer computed on its way, `[T, ..]` each: what its gradients are computed from.
+#[derive(Debug)]
+pub(super) struct Trace {
+    /// Sum of everything before the layer.
+    pub(super) x: Tensor,
+    normed: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attended: Tensor,
+    /// `x` and what attention added.
+    pub(super) y: Tensor,
+    mlp_normed: Tensor,
+    gate_up: Tensor,
+}
+
+/// The rows of a step: `[T]` u32 positions, and how they see each other.
+pub(super) struct Rows<'a, A: ?Sized> {
+    pub(super) positions: &'a Tensor,
+    pub(super) attention: &'a A,
 }
 
 impl Decoder {
@@ -57,16 +91,12 @@ impl Decoder {
     /// If a tensor operation fails; missing tensors are told by [`Weights::finish`].
     pub fn new(config: &ModelConfig, weights: &mut Weights, device: &Device) -> Result<Self> {
         let hidden = config.hidden;
-        let embedding = take(weights, "model.embed_tokens.weight", &[config.vocab, hidden], device)?;
-        let mut norms = Vec::with_capacity(config.layers + 1);
-        let mut layers = Vec::with_capacity(config.layers);
-        for index in 0..config.layers {
-            norms.push(take(weights, &format!("model.layers.{index}.input_layernorm.weight"), &[hidden], device)?);
-            layers.push(Layer::new(config, weights, index, device)?);
-        }
-        norms.push(take(weights, "model.norm.weight", &[hidden], device)?);
+        let embedding = take(weights, "model.embed_tokens.weight", &[config.vocab, hidden], device)?.into();
+        let layers =
+            (0..config.layers).map(|index| Layer::new(config, weights, index, device)).collect::<Result<_>>()?;
+        let norm = take(weights, "model.norm.weight", &[hidden], device)?.into();
         let table = RopeTable::new(config.head_dim, config.rope_theta, config.positions_max, device)?;
-        Ok(Self { embedding, norms, layers, table, eps: config.rms_eps })
+        Ok(Self { embedding, layers, norm, table, eps: config.rms_eps })
     }
 
     /// Rotates by `table` instead of the frequencies that follow from `rope_theta`.
@@ -76,7 +106,7 @@ impl Decoder {
     }
 
     /// The embedding `[vocab, hidden]`, which a tied head shares.
-    pub fn embedding(&self) -> &Tensor {
+    pub fn embedding(&self) -> &Parameter {
         &self.embedding
     }
 
@@ -85,17 +115,79 @@ impl Decoder {
     /// # Errors
     /// If a token is outside the vocabulary, a position outside the table, or a tensor operation fails.
     pub fn forward(&self, tokens: &Tensor, positions: &Tensor, attention: &dyn Attention) -> Result<Tensor> {
-        let mut residual = embed(tokens, &self.embedding)?;
-        let mut normed = rms_norm(&residual, &self.norms[0], self.eps)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let (q, k, v) = layer.project(&normed)?;
-            let (q, k) = (rope(&q, positions, &self.table)?, rope(&k, positions, &self.table)?);
-            let attended = layer.output.forward(&attention.attend(index, &q, &k, &v)?)?;
-            (residual, normed) = add_rms_norm(&attended, &residual, &layer.mlp_norm, self.eps)?;
-            let mlp = layer.down.forward(&swiglu(&layer.gate_up.forward(&normed)?)?)?;
-            (residual, normed) = add_rms_norm(&mlp, &residual, &self.norms[index + 1], self.eps)?;
+        let rows = Rows { positions, attention };
+        let (mut residual, mut added) = (embed(tokens, self.embedding.value())?, None);
+        for index in 0..self.layers.len() {
+            let (trace, mlp) = self.layer(index, residual, added, &rows)?;
+            (residual, added) = (trace.y, Some(mlp));
         }
-        Ok(normed)
+        Ok(self.finish(residual, added)?.1)
+    }
+
+    /// Layer `index` on `residual` `[T, hidden]` and what the layer before `added` to it: its trace, whose `y` is the new residual,
+    /// and what its mlp adds to that, `[T, hidden]`.
+    pub(super) fn layer<A: Attention + ?Sized>(
+        &self,
+        index: usize,
+        residual: Tensor,
+        added: Option<Tensor>,
+        rows: &Rows<'_, A>,
+    ) -> Result<(Trace, Tensor)> {
+        let layer = &self.layers[index];
+        let (x, normed) = add_norm(residual, added, &layer.attention_norm, self.eps)?;
+        let (q, k, v) = layer.project(&normed)?;
+        let (q, k) = (rope(&q, rows.positions, &self.table)?, rope(&k, rows.positions, &self.table)?);
+        let attended = rows.attention.attend(index, &q, &k, &v)?;
+        let (y, mlp_normed) = add_norm(layer.output.forward(&attended)?, Some(x.clone()), &layer.mlp_norm, self.eps)?;
+        let gate_up = layer.gate_up.forward(&mlp_normed)?;
+        let mlp = layer.down.forward(&swiglu(&gate_up)?)?;
+        Ok((Trace { x, normed, q, k, v, attended, y, mlp_normed, gate_up }, mlp))
+    }
+
+    /// The sum of `residual` and `added`, and its final norm, `[T, hidden]` both.
+    pub(super) fn finish(&self, residual: Tensor, added: Option<Tensor>) -> Result<(Tensor, Tensor)> {
+        add_norm(residual, added, &self.norm, self.eps)
+    }
+
+    /// The gradient of the sum before the final norm from that of its result, `dy`, for the sum `x`, `[T, hidden]` all.
+    pub(super) fn finish_backward(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        let dx = x.zeros_like()?;
+        rms_norm_backward(&dx, x, &self.norm, self.eps, dy)?;
+        Ok(dx)
+    }
+
+    /// The gradient of the sum before layer `index` from that of the sum after it, `d` `[T, hidden]`, which is used up.
+    pub(super) fn layer_backward<A: AttentionGradient + ?Sized>(
+        &self,
+        index: usize,
+        trace: &Trace,
+        d: Tensor,
+        rows: &Rows<'_, A>,
+    ) -> Result<Tensor> {
+        let layer = &self.layers[index];
+        let d_act = layer.down.backward(&swiglu(&trace.gate_up)?, &d)?;
+        let d_gate_up = swiglu_backward(&trace.gate_up, &d_act)?;
+        let d_normed = layer.gate_up.backward(&trace.mlp_normed, &d_gate_up)?;
+        rms_norm_backward(&d, &trace.y, &layer.mlp_norm, self.eps, &d_normed)?;
+        let d_attended = layer.output.backward(&trace.attended, &d)?;
+        let [dq, dk, dv] = rows.attention.attend_backward([&trace.q, &trace.k, &trace.v], &d_attended)?;
+        let dq = rope_backward(&dq, rows.positions, &self.table)?;
+        let dk = rope_backward(&dk, rows.positions, &self.table)?;
+        let d_qkv = Tensor::cat(&[dq.flatten_from(1)?, dk.flatten_from(1)?, dv.flatten_from(1)?], 1)?;
+        let d_normed = layer.qkv.backward(&trace.normed, &d_qkv)?;
+        rms_norm_backward(&d, &trace.x, &layer.attention_norm, self.eps, &d_normed)?;
+        Ok(d)
+    }
+}
+
+/// The sum of `residual` and `added`, and its norm.
+fn add_norm(residual: Tensor, added: Option<Tensor>, weight: &Parameter, eps: f64) -> Result<(Tensor, Tensor)> {
+    match added {
+        Some(added) => add_rms_norm(&added, &residual, weight.value(), eps),
+        None => {
+            let normed = rms_norm(&residual, weight.value(), eps)?;
+            Ok((residual, normed))
+        }
     }
 }
 
@@ -103,20 +195,25 @@ impl Layer {
     fn new(config: &ModelConfig, weights: &mut Weights, index: usize, device: &Device) -> Result<Self> {
         let ModelConfig { hidden, heads, kv_heads, head_dim, intermediate, .. } = *config;
         let prefix = format!("model.layers.{index}");
-        let mut part = |name: &str, rows: usize, columns: usize| {
-            take(weights, &format!("{prefix}.{name}.weight"), &[rows, columns], device)
-        };
-        let qkv = stack(&[
-            part("self_attn.q_proj", heads * head_dim, hidden)?,
-            part("self_attn.k_proj", kv_heads * head_dim, hidden)?,
-            part("self_attn.v_proj", kv_heads * head_dim, hidden)?,
-        ])?;
-        let output = Linear::dense(part("self_attn.o_proj", hidden, heads * head_dim)?)?;
-        let gate_up =
-            stack(&[part("mlp.gate_proj", intermediate, hidden)?, part("mlp.up_proj", intermediate, hidden)?])?;
-        let down = Linear::dense(part("mlp.down_proj", hidden, intermediate)?)?;
-        let mlp_norm = take(weights, &format!("{prefix}.post_attention_layernorm.weight"), &[hidden], device)?;
-        Ok(Self { qkv, output, mlp_norm, gate_up, down, heads, kv_heads, head_dim })
+        let mut part = |name: &str, shape: &[usize]| take(weights, &format!("{prefix}.{name}.weight"), shape, device);
+        Ok(Self {
+            attention_norm: part("input_layernorm", &[hidden])?.into(),
+            qkv: stack(&[
+                part("self_attn.q_proj", &[heads * head_dim, hidden])?,
+                part("self_attn.k_proj", &[kv_heads * head_dim, hidden])?,
+                part("self_attn.v_proj", &[kv_heads * head_dim, hidden])?,
+            ])?,
+            output: Linear::dense(part("self_attn.o_proj", &[hidden, heads * head_dim])?)?,
+            mlp_norm: part("post_attention_layernorm", &[hidden])?.into(),
+            gate_up: stack(&[
+                part("mlp.gate_proj", &[intermediate, hidden])?,
+                part("mlp.up_proj", &[intermediate, hidden])?,
+            ])?,
+            down: Linear::dense(part("mlp.down_proj", &[hidden, intermediate])?)?,
+            heads,
+            kv_heads,
+            head_dim,
+        })
     }
 
     /// Queries `[T, heads, head_dim]`, keys and values `[T, kv_heads, head_dim]`, before the rotation.

@@ -7,6 +7,10 @@ use super::decoder::{Decoder, take};
 use super::weights::Weights;
 use crate::error::Result;
 use crate::ops::linear::Linear;
+use crate::ops::logprobs::{TargetScore, target_scores, target_scores_backward};
+
+/// Rows of logits that exist at a time when only their targets' log-probabilities are wanted.
+const ROWS: usize = 256;
 
 /// The last linear map of a model.
 #[derive(Debug)]
@@ -20,14 +24,14 @@ pub enum Head {
 /// Gives logits `[R, vocab]`.
 #[derive(Debug)]
 pub struct LanguageHead {
-    linear: Linear,
+    pub(super) linear: Linear,
 }
 
 /// Gives raw rewards `[R]`: the product of hidden state and weight, no bias, no squashing. Reward models of this kind
 /// are unbounded and tens wide.
 #[derive(Debug)]
 pub struct RewardHead {
-    linear: Linear,
+    pub(super) linear: Linear,
 }
 
 impl Head {
@@ -42,7 +46,7 @@ impl Head {
         };
         let embedding = decoder.embedding();
         let weight = match config.head_tensor {
-            Some(name) => take(weights, name, &[rows, config.hidden], embedding.device())?,
+            Some(name) => take(weights, name, &[rows, config.hidden], embedding.value().device())?.into(),
             None => embedding.clone(),
         };
         let linear = Linear::dense(weight)?;
@@ -72,6 +76,34 @@ impl LanguageHead {
     pub fn apply(&self, rows: &Tensor) -> Result<Tensor> {
         self.linear.forward(rows)
     }
+
+    /// How the `targets` `[R]` score after the hidden states `rows` `[R, hidden]`. Never holds more than a few rows of logits.
+    ///
+    /// # Errors
+    /// If a target is outside the vocabulary, a logit is not a number, or a tensor operation fails.
+    pub fn target_scores(&self, rows: &Tensor, targets: &[u32]) -> Result<Vec<TargetScore>> {
+        let mut scores = Vec::with_capacity(targets.len());
+        for (index, targets) in targets.chunks(ROWS).enumerate() {
+            let rows = rows.narrow(0, index * ROWS, targets.len())?;
+            scores.extend(target_scores(&self.apply(&rows)?, targets)?);
+        }
+        Ok(scores)
+    }
+
+    /// The gradient of `rows` `[R, hidden]` from those of the log-probabilities of [`LanguageHead::target_scores`], `slopes` `[R]`;
+    /// that of the head's weight is added to its own.
+    ///
+    /// # Errors
+    /// As [`LanguageHead::target_scores`].
+    pub fn target_scores_backward(&self, rows: &Tensor, targets: &[u32], slopes: &[f32]) -> Result<Tensor> {
+        let mut parts = Vec::new();
+        for (index, (targets, slopes)) in targets.chunks(ROWS).zip(slopes.chunks(ROWS)).enumerate() {
+            let rows = rows.narrow(0, index * ROWS, targets.len())?;
+            let d_logits = target_scores_backward(&self.apply(&rows)?, targets, slopes)?;
+            parts.push(self.linear.backward(&rows, &d_logits)?);
+        }
+        Ok(if parts.is_empty() { rows.zeros_like()? } else { Tensor::cat(&parts, 0)? })
+    }
 }
 
 impl RewardHead {
@@ -81,5 +113,13 @@ impl RewardHead {
     /// If a tensor operation fails.
     pub fn apply(&self, rows: &Tensor) -> Result<Tensor> {
         Ok(self.linear.forward(rows)?.flatten_all()?)
+    }
+
+    /// The gradient of `rows` `[R, hidden]` from those of the rewards, `slopes` `[R]`; that of the weight is added to its own.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn backward(&self, rows: &Tensor, slopes: &[f32]) -> Result<Tensor> {
+        self.linear.backward(rows, &Tensor::from_slice(slopes, (slopes.len(), 1), rows.device())?)
     }
 }

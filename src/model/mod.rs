@@ -3,6 +3,8 @@
 pub mod config;
 pub mod decoder;
 pub mod heads;
+pub mod parameters;
+pub mod tape;
 pub mod weights;
 
 use candle_core::Device;

@@ -1,13 +1,22 @@
 //! Rows of the embedding matrix by token id, widened to f32.
 
-use super::parallel::for_each_chunk;
-use super::storage::{Weights, slice};
+use super::parallel::{for_each, for_each_chunk};
+use super::parameter::Parameter;
+use super::storage::{Shared, Weights, slice, slice_mut};
 use crate::error::Result;
-use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, InplaceOp3, Layout, Shape, Tensor};
 
 /// `ids` `[T]` u32 and `weight` `[V, d]` f32, bf16 or f16 to `[T, d]` f32. An id of V or more is an error.
 pub fn embed(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    Ok(ids.apply_op2(weight, Embed)?)
+    Ok(ids.apply_op2_no_bwd(weight, &Embed)?)
+}
+
+/// Adds row t of `dy` `[T, d]` f32, the gradient of [`embed`]'s result, to row `ids[t]` of the gradient of a trained `weight`.
+pub fn embed_backward(ids: &Tensor, weight: &Parameter, dy: &Tensor) -> Result<()> {
+    match weight.gradient() {
+        Some(gradient) => Ok(gradient.inplace_op3(ids, dy, &EmbedGradient)?),
+        None => Ok(()),
+    }
 }
 
 struct Embed;
@@ -37,6 +46,46 @@ impl CustomOp2 for Embed {
     }
 }
 
+struct EmbedGradient;
+
+impl InplaceOp3 for EmbedGradient {
+    fn name(&self) -> &'static str {
+        "embed gradient"
+    }
+
+    fn cpu_fwd(
+        &self,
+        gradient: &mut CpuStorage,
+        layout: &Layout,
+        ids: &CpuStorage,
+        ids_layout: &Layout,
+        dy: &CpuStorage,
+        dy_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let (vocab, width) = layout.shape().dims2()?;
+        let ids: &[u32] = slice(self.name(), ids, ids_layout)?;
+        if dy_layout.dims() != [ids.len(), width] || ids.iter().any(|&id| id as usize >= vocab) {
+            candle_core::bail!("{}: {} ids, {:?} into {:?}", self.name(), ids.len(), dy_layout.dims(), layout.dims());
+        }
+        let dy: &[f32] = slice(self.name(), dy, dy_layout)?;
+        // Rows by id, and of one id in order: each row of the gradient has one thread and one order of its sum.
+        let mut rows: Vec<usize> = (0..ids.len()).collect();
+        rows.sort_by_key(|&row| ids[row]);
+        let groups: Vec<&[usize]> = rows.chunk_by(|&a, &b| ids[a] == ids[b]).collect();
+        let gradient = &Shared::new(slice_mut(self.name(), gradient, layout)?);
+        for_each(groups.len(), |index| {
+            let id = ids[groups[index][0]] as usize;
+            // SAFETY: an id has one group, so no other thread has this row.
+            #[allow(unsafe_code)]
+            let sum = unsafe { gradient.part(id * width, width) };
+            for &row in groups[index] {
+                sum.iter_mut().zip(&dy[row * width..]).for_each(|(sum, dy)| *sum += dy);
+            }
+        });
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -56,6 +105,21 @@ mod tests {
             let expected: Vec<f32> = ids.iter().flat_map(|&id| rows[id as usize * 7..][..7].to_vec()).collect();
             check_bits("rows", &floats(&got), &expected);
         }
+    }
+
+    #[test]
+    fn the_gradient_adds_up_the_rows_of_each_id() {
+        let (weight, dy) = (Parameter::trained(&tensor(1, (10, 7))).unwrap(), tensor(2, (5, 7)));
+        let ids = Tensor::new(&[3u32, 0, 3, 9, 3], &Device::Cpu).unwrap();
+        embed_backward(&ids, &weight, &dy).unwrap();
+        let (got, dy) = (floats(weight.gradient().unwrap()), floats(&dy));
+        let mut expected = vec![0.0; 70];
+        for (row, id) in [3, 0, 3, 9, 3].into_iter().enumerate() {
+            (0..7).for_each(|i| expected[id * 7 + i] += dy[row * 7 + i]);
+        }
+        check_bits("sums", &got, &expected);
+        embed_backward(&ids, &Parameter::frozen(tensor(1, (10, 7))), &tensor(2, (5, 7))).unwrap();
+        assert!(embed_backward(&ids, &weight, &tensor(2, (4, 7))).is_err());
     }
 
     #[test]

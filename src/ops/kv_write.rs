@@ -1,6 +1,6 @@
 //! Writes the keys or values of new tokens into their slots of the block cache.
 
-use super::storage::{range, slice};
+use super::storage::{slice, slice_mut};
 use crate::error::Result;
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 
@@ -39,11 +39,7 @@ impl InplaceOp2 for KvWrite<'_> {
             candle_core::bail!("kv_write: slot {slot} is outside of a cache of {} slots", blocks * block_size);
         }
         let src: &[f32] = slice("kv_write", src, src_layout)?;
-        let (start, end) = range("kv_write", cache_layout)?;
-        let CpuStorage::F32(cache) = cache else {
-            candle_core::bail!("kv_write: the cache must be f32");
-        };
-        let cache = &mut cache[start..end];
+        let cache = slice_mut("kv_write", cache, cache_layout)?;
         for (row, &slot) in src.chunks_exact((kv_heads * head_dim).max(1)).zip(self.slots) {
             let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
             for (head, values) in row.chunks_exact(head_dim).enumerate() {

@@ -1,12 +1,19 @@
 //! Log-probabilities of one row of logits: log-softmax with one order of summation, and the best entries.
-//! Works on numbers already on the host; which rows are read is the runner's business.
+//! Which rows are read is the caller's business. Training reads the same numbers, and their gradients.
 
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+
+use super::lanes::{Body, Isa, Kernel, LANES, widen_tail};
+use super::parallel::for_each_chunk;
+use super::storage::slice;
 use crate::error::{Error, Result};
 
-/// The natural logarithm of a softmax: `x[t] - max - ln(sum of exp(x[i] - max))`. The terms are f32, their sum is
-/// f64 in id order, so the bits depend on the row alone.
+/// The natural logarithm of a softmax: `x[t] - max - ln(sum of exp(x[i] - max))`. The terms are f32, summed in f64 in sixteen
+/// lanes (id mod 16) that are added up in order, so the bits depend on the row alone.
 #[derive(Debug, Clone, Copy)]
 pub struct LogSoftmax<'a> {
     logits: &'a [f32],
@@ -21,7 +28,7 @@ impl<'a> LogSoftmax<'a> {
     /// [`Error::Internal`] if an entry is not a number or plus infinity, or if none is finite.
     pub fn new(logits: &'a [f32]) -> Result<Self> {
         let max = logits[argmax(logits)? as usize];
-        let sum: f64 = logits.iter().map(|&logit| f64::from((logit - max).exp())).sum();
+        let sum = Body::best().run(SumOfExp { logits, max });
         Ok(Self { logits, max, log_sum: sum.ln() })
     }
 
@@ -43,6 +50,197 @@ impl<'a> LogSoftmax<'a> {
 
     fn of(&self, logit: f32) -> f32 {
         (f64::from(logit - self.max) - self.log_sum) as f32
+    }
+
+    /// Minus the mean log-probability of the distribution, in nats.
+    fn entropy(&self) -> f64 {
+        let sum = Body::best().run(SumOfProducts { logits: self.logits, max: self.max });
+        self.log_sum - sum / self.log_sum.exp()
+    }
+}
+
+/// What a training step reads off its logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TargetScore {
+    /// The log-probability of the target, as serving gives it.
+    pub logprob: f32,
+    /// The entropy of the distribution, in nats.
+    pub entropy: f32,
+    /// Whether the target is the most probable token.
+    pub correct: bool,
+}
+
+/// Scores each row of `logits` `[R, vocab]` f32 for its target token, `[R]`.
+///
+/// # Errors
+/// If a logit is not a number, or a target is outside the vocabulary.
+pub fn target_scores(logits: &Tensor, targets: &[u32]) -> Result<Vec<TargetScore>> {
+    let rows = logits.apply_op1_no_bwd(&Score { targets })?.to_vec2::<f32>()?;
+    Ok(rows.iter().map(|row| TargetScore { logprob: row[0], entropy: row[1], correct: row[2] == 1.0 }).collect())
+}
+
+/// The gradient of `logits` `[R, vocab]` f32 from those of the targets' log-probabilities, `[R]`:
+/// d logits = d logprob * (1 at the target - softmax).
+///
+/// # Errors
+/// As [`target_scores`].
+pub fn target_scores_backward(logits: &Tensor, targets: &[u32], slopes: &[f32]) -> Result<Tensor> {
+    Ok(logits.apply_op1_no_bwd(&ScoreGradient { targets, slopes })?)
+}
+
+struct Score<'a> {
+    targets: &'a [u32],
+}
+
+impl CustomOp1 for Score<'_> {
+    fn name(&self) -> &'static str {
+        "target scores"
+    }
+
+    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let rows = self.targets.len();
+        map_rows(self.name(), (logits, layout), rows, 3, |row, logits, out| {
+            let softmax = LogSoftmax::new(logits)?;
+            let logprob = softmax.at(self.targets[row])?;
+            let correct = logits[self.targets[row] as usize] == softmax.max;
+            out.copy_from_slice(&[logprob, softmax.entropy() as f32, f32::from(correct)]);
+            Ok(())
+        })
+    }
+}
+
+struct ScoreGradient<'a> {
+    targets: &'a [u32],
+    slopes: &'a [f32],
+}
+
+impl CustomOp1 for ScoreGradient<'_> {
+    fn name(&self) -> &'static str {
+        "target scores gradient"
+    }
+
+    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let width = layout.dims().last().copied().unwrap_or(0);
+        map_rows(self.name(), (logits, layout), self.targets.len(), width, |row, logits, out| {
+            let softmax = LogSoftmax::new(logits)?;
+            softmax.at(self.targets[row])?;
+            let scale = -f64::from(self.slopes[row]) / softmax.log_sum.exp();
+            Body::best().run(Scaled { logits, max: softmax.max, scale: scale as f32, out });
+            out[self.targets[row] as usize] += self.slopes[row];
+            Ok(())
+        })
+    }
+}
+
+/// Computes `[rows, width]` from `[rows, vocab]` row by row, in parallel; the error of the first row that fails.
+fn map_rows(
+    op: &str,
+    (logits, layout): (&CpuStorage, &Layout),
+    rows: usize,
+    width: usize,
+    of_row: impl Fn(usize, &[f32], &mut [f32]) -> Result<()> + Sync,
+) -> candle_core::Result<(CpuStorage, Shape)> {
+    let (count, vocab) = layout.shape().dims2()?;
+    if count != rows {
+        candle_core::bail!("{op}: {count} rows of logits for {rows} targets");
+    }
+    let logits: &[f32] = slice(op, logits, layout)?;
+    let mut out = vec![0.0; rows * width];
+    let failed = Mutex::new(BTreeMap::new());
+    for_each_chunk(&mut out, width, |row, out| {
+        if let Err(error) = of_row(row, &logits[row * vocab..][..vocab], out) {
+            failed.lock().unwrap_or_else(PoisonError::into_inner).insert(row, error);
+        }
+    });
+    match failed.into_inner().unwrap_or_else(PoisonError::into_inner).pop_first() {
+        Some((row, error)) => candle_core::bail!("{op}: row {row}: {error}"),
+        None => Ok((CpuStorage::F32(out), Shape::from((rows, width)))),
+    }
+}
+
+/// Sixteen running sums in f64, added up in order.
+struct Sums([f64; LANES]);
+
+impl Sums {
+    #[inline(always)]
+    fn add(&mut self, terms: &[f32; LANES]) {
+        self.0.iter_mut().zip(terms).for_each(|(sum, term)| *sum += f64::from(*term));
+    }
+
+    fn total(&self) -> f64 {
+        self.0.iter().sum()
+    }
+}
+
+/// The sum of e^(logit - max).
+struct SumOfExp<'a> {
+    logits: &'a [f32],
+    max: f32,
+}
+
+impl Kernel for SumOfExp<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> f64 {
+        let mut sums = Sums([0.0; LANES]);
+        let mut terms = [0.0; LANES];
+        let (full, tail) = self.logits.as_chunks();
+        for logits in full {
+            isa.store(isa.exp(isa.sub(isa.load(logits), isa.splat(self.max))), &mut terms);
+            sums.add(&terms);
+        }
+        isa.store(isa.exp(isa.sub(widen_tail(isa, tail), isa.splat(self.max))), &mut terms);
+        terms[tail.len()..].fill(0.0);
+        sums.add(&terms);
+        sums.total()
+    }
+}
+
+/// The sum of (logit - max) e^(logit - max).
+struct SumOfProducts<'a> {
+    logits: &'a [f32],
+    max: f32,
+}
+
+impl Kernel for SumOfProducts<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> f64 {
+        let mut sums = Sums([0.0; LANES]);
+        let mut terms = [0.0; LANES];
+        for logits in self.logits.chunks(LANES) {
+            let shifted = isa.sub(widen_tail(isa, logits), isa.splat(self.max));
+            // Far below, the product is nothing; minus infinity times zero would not be a number.
+            let shifted = isa.max(shifted, isa.splat(-88.0));
+            isa.store(isa.mul(shifted, isa.exp(shifted)), &mut terms);
+            terms[logits.len()..].fill(0.0);
+            sums.add(&terms);
+        }
+        sums.total()
+    }
+}
+
+/// `out` = scale * e^(logit - max).
+struct Scaled<'a> {
+    logits: &'a [f32],
+    max: f32,
+    scale: f32,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Scaled<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let mut terms = [0.0; LANES];
+        for (logits, out) in self.logits.chunks(LANES).zip(self.out.chunks_mut(LANES)) {
+            let exp = isa.exp(isa.sub(widen_tail(isa, logits), isa.splat(self.max)));
+            isa.store(isa.mul(exp, isa.splat(self.scale)), &mut terms);
+            out.copy_from_slice(&terms[..out.len()]);
+        }
     }
 }
 
@@ -90,6 +288,7 @@ pub(super) fn better(x: f32, a: u32, y: f32, b: u32) -> Ordering {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
+    use crate::ops::samples::{check_close, differences, floats, numbers, tensor};
 
     #[test]
     fn matches_a_sum_in_double_precision() {
@@ -100,6 +299,37 @@ mod tests {
             let expected = f64::from(logit) - total.ln();
             assert!((f64::from(log_softmax.at(token as u32).unwrap()) - expected).abs() < 2e-6);
         }
+    }
+
+    #[test]
+    fn targets_score_as_in_serving_and_their_gradients_are_those_of_differences() {
+        for vocab in [1, 5, 16, 100] {
+            let logits = (tensor(1, (7, vocab)) * 4.0).unwrap();
+            let targets: Vec<u32> = (0..7).map(|row| (row * 31) % vocab as u32).collect();
+            let rows = logits.to_vec2::<f32>().unwrap();
+            let scores = target_scores(&logits, &targets).unwrap();
+            for ((row, score), &target) in rows.iter().zip(&scores).zip(&targets) {
+                let softmax = LogSoftmax::new(row).unwrap();
+                assert_eq!(score.logprob, softmax.at(target).unwrap());
+                assert_eq!(score.correct, argmax(row).unwrap() == target);
+                let total: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
+                let entropy: f64 = row.iter().map(|&x| (total.ln() - f64::from(x)) * f64::from(x).exp() / total).sum();
+                assert!((f64::from(score.entropy) - entropy).abs() < 1e-5, "{} and {entropy}", score.entropy);
+            }
+            let slopes = numbers(2, 7);
+            let naive = |logits: &Tensor| {
+                let logprob = |(row, target): (Vec<f32>, &u32)| {
+                    f64::from(row[*target as usize]) - row.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln()
+                };
+                logits.to_vec2().unwrap().into_iter().zip(&targets).map(logprob).collect()
+            };
+            let got = target_scores_backward(&logits, &targets, &slopes).unwrap();
+            check_close("gradient", &floats(&got), &differences(&logits, naive, &slopes), 1e-4);
+        }
+        let broken = Tensor::new(&[[0.0f32, f32::NAN]], &candle_core::Device::Cpu).unwrap();
+        assert!(target_scores(&broken, &[0]).unwrap_err().to_string().contains("row 0"));
+        assert!(target_scores(&tensor(1, (1, 4)), &[4]).is_err());
+        assert!(target_scores(&tensor(1, (2, 4)), &[1]).is_err());
     }
 
     #[test]

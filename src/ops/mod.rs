@@ -1,7 +1,9 @@
 //! One operation a file: formula, shapes, CPU body, device launch, gradient and tests.
 //! The only place, with `device`, that may tell a CPU from a GPU.
+//! Nothing is recorded for candle's own differentiation: where an operation has a gradient, a function beside it computes it.
 //! Every row of every result has the same bits whatever else is in the batch and whatever the processor or the number of threads.
 
+pub mod accumulate;
 pub mod attention;
 pub mod embed;
 pub mod kv_write;
@@ -9,6 +11,7 @@ mod lanes;
 pub mod linear;
 pub mod logprobs;
 pub mod parallel;
+pub mod parameter;
 pub mod rms_norm;
 pub mod rope;
 pub mod sample;

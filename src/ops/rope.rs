@@ -46,10 +46,19 @@ impl RopeTable {
 /// Rotates every head of `x` `[T, heads, head_dim]` f32 by its row's position, `positions` `[T]` u32; same shape.
 /// A position outside of the table is an error.
 pub fn rope(x: &Tensor, positions: &Tensor, table: &RopeTable) -> Result<Tensor> {
-    Ok(x.apply_op3(positions, &table.table, Rope)?)
+    Ok(x.apply_op3_no_bwd(positions, &table.table, &Rope::Forth)?)
 }
 
-struct Rope;
+/// The gradient of `x` from that of [`rope`]'s result, `dy` `[T, heads, head_dim]` f32: the rotation back.
+pub fn rope_backward(dy: &Tensor, positions: &Tensor, table: &RopeTable) -> Result<Tensor> {
+    Ok(dy.apply_op3_no_bwd(positions, &table.table, &Rope::Back)?)
+}
+
+/// Which way to turn.
+enum Rope {
+    Forth,
+    Back,
+}
 
 impl CustomOp3 for Rope {
     fn name(&self) -> &'static str {
@@ -85,7 +94,10 @@ impl CustomOp3 for Rope {
             let turn = &table[positions[row] as usize * head_dim..][..head_dim];
             let x = &x[row * heads * head_dim..][..heads * head_dim];
             for (x, out) in x.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
-                rotate(x, turn, out);
+                match self {
+                    Self::Forth => rotate(x, turn, out),
+                    Self::Back => rotate_back(x, turn, out),
+                }
             }
         });
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
@@ -104,12 +116,34 @@ fn rotate(x: &[f32], turn: &[f32], out: &mut [f32]) {
     }
 }
 
+/// The inverse of [`rotate`], which is its transpose.
+fn rotate_back(x: &[f32], turn: &[f32], out: &mut [f32]) {
+    let half = x.len() / 2;
+    let (low, high) = x.split_at(half);
+    let (cos, sin) = turn.split_at(half);
+    let (out_low, out_high) = out.split_at_mut(half);
+    for i in 0..half {
+        out_low[i] = low[i] * cos[i] + high[i] * sin[i];
+        out_high[i] = high[i] * cos[i] - low[i] * sin[i];
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
 
     use super::*;
     use crate::ops::samples::{check_bits, check_close, floats, tensor};
+
+    #[test]
+    fn the_gradient_turns_back() {
+        let (x, table) = (tensor(1, (5, 3, 16)), RopeTable::new(16, 1e4, 100, &Device::Cpu).unwrap());
+        let positions = Tensor::new(&[0u32, 7, 99, 3, 50], &Device::Cpu).unwrap();
+        let there = rope(&x, &positions, &table).unwrap();
+        let back = rope_backward(&there, &positions, &table).unwrap();
+        let expected: Vec<f64> = floats(&x).into_iter().map(f64::from).collect();
+        check_close("there and back", &floats(&back), &expected, 1e-6);
+    }
 
     #[test]
     fn values_are_those_of_the_formula() {

@@ -45,3 +45,20 @@ pub(super) fn check_close(what: &str, got: &[f32], expected: &[f64], tolerance: 
         assert!(off <= tolerance, "{what}: element {i} is {got:e}, expected {expected:e}");
     }
 }
+
+/// The gradient of sum(f(x) * dy) at `x` by central differences, for an `f` computed in f64.
+pub(super) fn differences(x: &Tensor, f: impl Fn(&Tensor) -> Vec<f64>, dy: &[f32]) -> Vec<f64> {
+    let values = floats(x);
+    let at = |values: Vec<f32>| {
+        let y = f(&Tensor::from_vec(values, x.shape(), &Device::Cpu).unwrap());
+        y.iter().zip(dy).map(|(y, dy)| y * f64::from(*dy)).sum::<f64>()
+    };
+    let slope = |i: usize| {
+        let (mut up, mut down) = (values.clone(), values.clone());
+        up[i] += 1e-3;
+        down[i] -= 1e-3;
+        let width = f64::from(up[i]) - f64::from(down[i]);
+        (at(up) - at(down)) / width
+    };
+    (0..values.len()).map(slope).collect()
+}

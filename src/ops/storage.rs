@@ -13,6 +13,19 @@ pub(super) fn slice<'a, T: WithDType>(
     Ok(&storage.as_slice::<T>()?[start..end])
 }
 
+/// The elements of a contiguous f32 tensor, to be written.
+pub(super) fn slice_mut<'a>(
+    op: &str,
+    storage: &'a mut CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<&'a mut [f32]> {
+    let (start, end) = range(op, layout)?;
+    match storage {
+        CpuStorage::F32(all) => Ok(&mut all[start..end]),
+        _ => candle_core::bail!("{op}: what is written must be f32"),
+    }
+}
+
 /// First and past-the-end element of a contiguous tensor in its storage.
 pub(super) fn range(op: &str, layout: &Layout) -> candle_core::Result<(usize, usize)> {
     match layout.contiguous_offsets() {

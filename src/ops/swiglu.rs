@@ -4,11 +4,18 @@ use super::lanes::{Body, Isa, Kernel, LANES, widen_tail};
 use super::parallel::for_each_chunk;
 use super::storage::slice;
 use crate::error::Result;
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
 
 /// `gate_up` `[T, 2 * inter]` f32, the gate in the first half of each row, to silu(gate) * up `[T, inter]`.
 pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
-    Ok(gate_up.apply_op1(Swiglu { body: Body::best() })?)
+    Ok(gate_up.apply_op1_no_bwd(&Swiglu { body: Body::best() })?)
+}
+
+/// The gradient of `gate_up` `[T, 2 * inter]` from that of [`swiglu`]'s result, `dy` `[T, inter]`, both f32.
+///
+/// With s = 1 / (1 + e^-gate): d gate = dy up s (1 + gate (1 - s)), d up = dy gate s.
+pub fn swiglu_backward(gate_up: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    Ok(gate_up.apply_op2_no_bwd(dy, &SwigluGradient { body: Body::best() })?)
 }
 
 struct Swiglu {
@@ -33,6 +40,67 @@ impl CustomOp1 for Swiglu {
             self.body.run(Row { gate, up, out });
         });
         Ok((CpuStorage::F32(out), Shape::from((rows, width))))
+    }
+}
+
+struct SwigluGradient {
+    body: Body,
+}
+
+impl CustomOp2 for SwigluGradient {
+    fn name(&self) -> &'static str {
+        "swiglu gradient"
+    }
+
+    fn cpu_fwd(
+        &self,
+        gate_up: &CpuStorage,
+        layout: &Layout,
+        dy: &CpuStorage,
+        dy_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (rows, width) = dy_layout.shape().dims2()?;
+        if layout.dims() != [rows, 2 * width] {
+            candle_core::bail!("{}: {:?} from {:?}", self.name(), layout.dims(), dy_layout.dims());
+        }
+        let gate_up: &[f32] = slice(self.name(), gate_up, layout)?;
+        let dy: &[f32] = slice(self.name(), dy, dy_layout)?;
+        let mut out = vec![0.0; gate_up.len()];
+        for_each_chunk(&mut out, 2 * width, |row, out| {
+            let (gate, up) = gate_up[row * 2 * width..][..2 * width].split_at(width);
+            let (d_gate, d_up) = out.split_at_mut(width);
+            self.body.run(GradientRow { gate, up, dy: &dy[row * width..][..width], d_gate, d_up });
+        });
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+}
+
+struct GradientRow<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    dy: &'a [f32],
+    d_gate: &'a mut [f32],
+    d_up: &'a mut [f32],
+}
+
+impl Kernel for GradientRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let one = isa.splat(1.0);
+        let inputs = self.gate.chunks(LANES).zip(self.up.chunks(LANES)).zip(self.dy.chunks(LANES));
+        let outputs = self.d_gate.chunks_mut(LANES).zip(self.d_up.chunks_mut(LANES));
+        for (((gate, up), dy), (d_gate, d_up)) in inputs.zip(outputs) {
+            let (gate, up, dy) = (widen_tail(isa, gate), widen_tail(isa, up), widen_tail(isa, dy));
+            let share = isa.div(one, isa.add(one, isa.exp(isa.sub(isa.splat(0.0), gate))));
+            let slope = isa.mul(share, isa.fma(gate, isa.sub(one, share), one));
+            let mut lanes = [0.0; LANES];
+            isa.store(isa.mul(isa.mul(dy, up), slope), &mut lanes);
+            d_gate.copy_from_slice(&lanes[..d_gate.len()]);
+            isa.store(isa.mul(dy, isa.mul(gate, share)), &mut lanes);
+            d_up.copy_from_slice(&lanes[..d_up.len()]);
+        }
     }
 }
 
@@ -73,21 +141,36 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
 
     use super::*;
-    use crate::ops::samples::{check_bits, check_close, floats, tensor};
+    use crate::ops::samples::{check_bits, check_close, differences, floats, tensor};
+
+    fn naive(x: &Tensor) -> Vec<f64> {
+        let width = x.dim(1).unwrap() / 2;
+        let silu = |x: f64| x / (1.0 + (-x).exp());
+        let row = |row: &[f32]| (0..width).map(|i| silu(row[i].into()) * f64::from(row[width + i])).collect::<Vec<_>>();
+        floats(x).chunks(2 * width).flat_map(row).collect()
+    }
+
+    #[test]
+    fn gradients_are_those_of_differences() {
+        for width in [1, 7, 16, 33] {
+            let (x, dy) = ((tensor(1, (5, 2 * width)) * 5.0).unwrap(), tensor(2, (5, width)));
+            let got = floats(&swiglu_backward(&x, &dy).unwrap());
+            check_close(&format!("width {width}"), &got, &differences(&x, naive, &floats(&dy)), 2e-4);
+            for body in Body::all() {
+                check_bits("body", &floats(&x.apply_op2_no_bwd(&dy, &SwigluGradient { body }).unwrap()), &got);
+            }
+        }
+        assert!(swiglu_backward(&tensor(1, (2, 6)), &tensor(1, (2, 4))).is_err());
+    }
 
     #[test]
     fn values_are_those_of_the_formula_and_the_same_bits_on_every_body() {
         for width in [1, 7, 16, 17, 100] {
             let x = (tensor(width as u64, (5, 2 * width)) * 20.0).unwrap();
             let got = floats(&swiglu(&x).unwrap());
-            let silu = |x: f64| x / (1.0 + (-x).exp());
-            let expected: Vec<f64> = floats(&x)
-                .chunks(2 * width)
-                .flat_map(|row| (0..width).map(|i| silu(row[i].into()) * f64::from(row[width + i])).collect::<Vec<_>>())
-                .collect();
-            check_close(&format!("width {width}"), &got, &expected, 1e-4);
+            check_close(&format!("width {width}"), &got, &naive(&x), 1e-4);
             for body in Body::all() {
-                check_bits("body", &floats(&x.apply_op1(Swiglu { body }).unwrap()), &got);
+                check_bits("body", &floats(&x.apply_op1_no_bwd(&Swiglu { body }).unwrap()), &got);
             }
             let last = floats(&swiglu(&x.narrow(0, 4, 1).unwrap()).unwrap());
             check_bits("one row", &last, &got[4 * width..]);

@@ -30,7 +30,7 @@ pub struct Runner {
 impl Runner {
     /// Runs `model` over `cache`; both live on one device.
     pub fn new(model: Model, cache: KvCache) -> Self {
-        let device = model.decoder.embedding().device().clone();
+        let device = model.decoder.embedding().value().device().clone();
         Self { model, cache, device }
     }
 

@@ -2,3 +2,4 @@
 //! Uses the decoder and the operations of serving; knows no engine and no HTTP.
 
 pub mod example;
+pub mod objective;

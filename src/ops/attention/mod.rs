@@ -5,10 +5,11 @@ use super::lanes::Body;
 use super::parallel;
 use super::storage::{Shared, slice};
 use crate::error::Result;
-use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Storage, Tensor};
 use rows::{Heads, Rows, Span};
 use std::ops::Range;
 
+mod gradient;
 mod rows;
 
 /// Queries (tokens x heads of one key head) computed together: enough to pay for turning a tile of keys.
@@ -31,8 +32,6 @@ pub struct PagedBatch {
 
 /// Attention of `q` `[T, heads, head_dim]` over `k_cache` and `v_cache` `[blocks, kv_heads, block_size, head_dim]`, all f32, to
 /// `[T, heads * head_dim]`. Query head h reads key head h / (heads / kv_heads). Fails where the batch does not fit the tensors.
-///
-/// For serving: no gradient is recorded.
 pub fn paged_attention(
     q: &Tensor,
     k_cache: &Tensor,
@@ -57,7 +56,22 @@ pub fn packed_attention(
     scale: f32,
 ) -> Result<Tensor> {
     let op = Packed { starts: starts.to_vec(), window, scale, body: Body::best() };
-    Ok(q.apply_op3(k, v, op)?)
+    Ok(q.apply_op3_no_bwd(k, v, &op)?)
+}
+
+/// The gradients of `q`, `k` and `v` from `dout` `[T, heads * head_dim]` f32, that of [`packed_attention`]'s result.
+pub fn packed_attention_backward(
+    [q, k, v]: [&Tensor; 3],
+    dout: &Tensor,
+    starts: &[usize],
+    window: Option<usize>,
+    scale: f32,
+) -> Result<[Tensor; 3]> {
+    let op = PackedGradient { dout: dout.clone(), starts: starts.to_vec(), window, scale, body: Body::best() };
+    let all = q.apply_op3_no_bwd(k, v, &op)?;
+    let (q_count, k_count) = (q.elem_count(), k.elem_count());
+    let part = |first, x: &Tensor| -> Result<Tensor> { Ok(all.narrow(0, first, x.elem_count())?.reshape(x.shape())?) };
+    Ok([part(0, q)?, part(q_count, k)?, part(q_count + k_count, v)?])
 }
 
 struct Paged<'a> {
@@ -170,21 +184,10 @@ impl CustomOp3 for Packed {
         v: &CpuStorage,
         v_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (rows, heads, head_dim) = q_layout.shape().dims3()?;
-        let (_, kv_heads, _) = k_layout.shape().dims3()?;
-        check_heads(heads, kv_heads, self.window)?;
-        check_starts(&self.starts, rows)?;
-        if k_layout.dims() != v_layout.dims() || k_layout.dims() != [rows, kv_heads, head_dim] {
-            candle_core::bail!(
-                "packed_attention: queries {:?}, keys {:?}, values {:?}",
-                q_layout.dims(),
-                k_layout.dims(),
-                v_layout.dims()
-            );
-        }
+        let (rows, shape) = packed_shape([q_layout, k_layout, v_layout], &self.starts, self.window, self.scale)?;
+        let Heads { heads, kv_heads, head_dim, .. } = shape;
         let chunks: Vec<Chunk> =
             self.starts.windows(2).map(|bounds| Chunk { position: 0, rows: bounds[0]..bounds[1] }).collect();
-        let shape = Heads { heads, kv_heads, head_dim, window: self.window, scale: self.scale };
         let q: &[f32] = slice("packed_attention", q, q_layout)?;
         let k: &[f32] = slice("packed_attention", k, k_layout)?;
         let v: &[f32] = slice("packed_attention", v, v_layout)?;
@@ -196,6 +199,98 @@ impl CustomOp3 for Packed {
             }
         });
         Ok((CpuStorage::F32(out), Shape::from((rows, heads * head_dim))))
+    }
+}
+
+/// Queries, keys and values of packed segments that fit each other: the number of rows, and the heads.
+fn packed_shape(
+    [q, k, v]: [&Layout; 3],
+    starts: &[usize],
+    window: Option<usize>,
+    scale: f32,
+) -> candle_core::Result<(usize, Heads)> {
+    let (rows, heads, head_dim) = q.shape().dims3()?;
+    let (_, kv_heads, _) = k.shape().dims3()?;
+    check_heads(heads, kv_heads, window)?;
+    check_starts(starts, rows)?;
+    if k.dims() != v.dims() || k.dims() != [rows, kv_heads, head_dim] {
+        candle_core::bail!("packed_attention: queries {:?}, keys {:?}, values {:?}", q.dims(), k.dims(), v.dims());
+    }
+    Ok((rows, Heads { heads, kv_heads, head_dim, window, scale }))
+}
+
+/// The gradients of queries, keys and values, one after the other in one row of numbers.
+struct PackedGradient {
+    /// `[T, heads * head_dim]`; here because candle's operations take three tensors.
+    dout: Tensor,
+    starts: Vec<usize>,
+    window: Option<usize>,
+    scale: f32,
+    body: Body,
+}
+
+impl CustomOp3 for PackedGradient {
+    fn name(&self) -> &'static str {
+        "packed_attention gradient"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (rows, shape) = packed_shape([q_layout, k_layout, v_layout], &self.starts, self.window, self.scale)?;
+        let Heads { heads, kv_heads, head_dim, .. } = shape;
+        let (dout, dout_layout) = self.dout.storage_and_layout();
+        let Storage::Cpu(dout) = &*dout else { candle_core::bail!("{}: dout is on another device", self.name()) };
+        if dout_layout.dims() != [rows, heads * head_dim] {
+            candle_core::bail!("{}: queries {:?}, dout {:?}", self.name(), q_layout.dims(), dout_layout.dims());
+        }
+        let dout: &[f32] = slice(self.name(), dout, dout_layout)?;
+        let q: &[f32] = slice(self.name(), q, q_layout)?;
+        let k: &[f32] = slice(self.name(), k, k_layout)?;
+        let v: &[f32] = slice(self.name(), v, v_layout)?;
+        let share = heads / kv_heads;
+        let mut out = vec![0.0; q.len() + k.len() + v.len()];
+        let shared = &Shared::new(&mut out);
+        let mut segments: Vec<&[usize]> = self.starts.windows(2).collect();
+        segments.sort_by_key(|bounds| std::cmp::Reverse(bounds[1] - bounds[0]));
+        parallel::for_each(segments.len() * kv_heads, |index| {
+            let (bounds, kv_head) = (segments[index / kv_heads], index % kv_heads);
+            let (first, len) = (bounds[0], bounds[1] - bounds[0]);
+            let q_at = |row: usize, head: usize| ((first + row) * heads + kv_head * share + head) * head_dim;
+            let k_at = |row: usize| ((first + row) * kv_heads + kv_head) * head_dim;
+            let segment = gradient::Segment {
+                body: self.body,
+                shape: &shape,
+                len,
+                q: &|row, head| &q[q_at(row, head)..][..head_dim],
+                dout: &|row, head| &dout[q_at(row, head)..][..head_dim],
+                k: &|row| &k[k_at(row)..][..head_dim],
+                v: &|row| &v[k_at(row)..][..head_dim],
+            };
+            let gradients = segment.gradients();
+            let write = |start: usize, from: &[f32]| {
+                // SAFETY: rows of a segment and key head belong to one index of this loop, so no other thread has them.
+                #[allow(unsafe_code)]
+                let out = unsafe { shared.part(start, head_dim) };
+                out.copy_from_slice(&from[..head_dim]);
+            };
+            for row in 0..len {
+                let at = row * gradients.width;
+                for (head, dq) in gradients.dq.iter().enumerate() {
+                    write(q_at(row, head), &dq[at..]);
+                }
+                write(q.len() + k_at(row), &gradients.dk[at..]);
+                write(q.len() + k.len() + k_at(row), &gradients.dv[at..]);
+            }
+        });
+        let shape = Shape::from(out.len());
+        Ok((CpuStorage::F32(out), shape))
     }
 }
 

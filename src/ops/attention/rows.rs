@@ -1,7 +1,7 @@
 //! The arithmetic of attention rows: online softmax over tiles that start at absolute multiples of a constant.
 //! A row's sums run over positions in order, so neither its neighbours nor the cut of its sequence can change a bit.
 
-use crate::ops::lanes::{Body, Isa, Kernel, LANES, widen_tail};
+use crate::ops::lanes::{Body, Isa, Kernel, LANES, add_products, widen_tail};
 use crate::ops::storage::Shared;
 use std::ops::Range;
 
@@ -21,7 +21,7 @@ pub(super) struct Heads {
 
 impl Heads {
     /// The positions that `position` sees.
-    fn seen(&self, position: usize) -> Range<usize> {
+    pub(super) fn seen(&self, position: usize) -> Range<usize> {
         let first = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
         first..position + 1
     }
@@ -400,14 +400,6 @@ impl<const R: usize, const C: usize> AddValues<'_, R, C> {
                 isa.store(*total, sum);
             }
         }
-    }
-}
-
-/// sum + a * b for every vector of `b`.
-#[inline(always)]
-fn add_products<I: Isa, const N: usize>(isa: I, a: I::V, b: &[I::V; N], sums: &mut [I::V; N]) {
-    for (sum, b) in sums.iter_mut().zip(b) {
-        *sum = isa.fma(a, *b, *sum);
     }
 }
 

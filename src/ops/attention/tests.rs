@@ -4,7 +4,7 @@
 use super::*;
 use crate::ops::kv_write::kv_write;
 use crate::ops::parallel::{set_threads, threads};
-use crate::ops::samples::{check_bits, check_close, floats, tensor};
+use crate::ops::samples::{check_bits, check_close, differences, floats, tensor};
 use candle_core::{DType, Device};
 
 struct Case {
@@ -205,4 +205,74 @@ fn batches_that_do_not_fit_are_errors() {
     let half = inputs[0].to_dtype(DType::F16).unwrap();
     assert!(paged_attention(&half, &cache.k, &cache.v, &good, SCALE).is_err());
     assert!(packed_attention(&inputs[0], &inputs[1], &inputs[2], &[0, 5], None, SCALE).is_err());
+}
+
+#[test]
+fn gradients_are_those_of_differences() {
+    for case in CASES.iter().filter(|case| case.head_dim <= 32) {
+        let starts = [0usize, 1, 6, 6, 17];
+        let inputs = case.inputs(1, 17);
+        let dout = tensor(7, (17, case.heads * case.head_dim));
+        let [q, k, v] = &inputs;
+        let gradients = packed_attention_backward([q, k, v], &dout, &starts, case.window, SCALE).unwrap();
+        let forward = |inputs: [Tensor; 3]| {
+            let segment = |bounds: &[usize]| {
+                let part = |x: &Tensor| x.narrow(0, bounds[0], bounds[1] - bounds[0]).unwrap();
+                case.naive(&[part(&inputs[0]), part(&inputs[1]), part(&inputs[2])])
+            };
+            starts.windows(2).filter(|bounds| bounds[0] < bounds[1]).flat_map(segment).collect::<Vec<_>>()
+        };
+        for (index, name) in ["dq", "dk", "dv"].into_iter().enumerate() {
+            let at = |x: &Tensor| {
+                let mut inputs = inputs.clone();
+                inputs[index] = x.clone();
+                forward(inputs)
+            };
+            assert_eq!(gradients[index].dims(), inputs[index].dims());
+            let expected = differences(&inputs[index], at, &floats(&dout));
+            let what = format!("{name}, {} heads of {}", case.heads, case.head_dim);
+            check_close(&what, &floats(&gradients[index]), &expected, 1e-3);
+        }
+    }
+}
+
+/// Many tiles: the gradient of a sum of the values is what each position was looked at.
+#[test]
+fn gradients_over_many_tiles_are_those_of_candle() {
+    for case in CASES.iter().take(5) {
+        let (len, share) = (200, case.heads / case.kv_heads);
+        let inputs = case.inputs(3, len);
+        let dout = tensor(9, (len, case.heads * case.head_dim));
+        let vars = inputs.clone().map(|x| candle_core::Var::from_tensor(&x).unwrap());
+        let head_major = |x: &Tensor, times: usize| {
+            let x = x.transpose(0, 1).unwrap().unsqueeze(1).unwrap();
+            let x = x.repeat((1, times, 1, 1)).unwrap();
+            let (heads, times, len, d) = x.dims4().unwrap();
+            x.reshape((heads * times, len, d)).unwrap()
+        };
+        let [q, k, v] =
+            [(&vars[0], 1), (&vars[1], share), (&vars[2], share)].map(|(x, n)| head_major(x.as_tensor(), n));
+        let seen = |i: usize, j: usize| j <= i && case.window.is_none_or(|w| i - j < w);
+        let mask: Vec<f32> =
+            (0..len * len).map(|at| if seen(at / len, at % len) { 0.0 } else { f32::NEG_INFINITY }).collect();
+        let mask = Tensor::from_vec(mask, (1, len, len), &Device::Cpu).unwrap();
+        let scores = (q.matmul(&k.t().unwrap()).unwrap() * f64::from(SCALE)).unwrap().broadcast_add(&mask).unwrap();
+        let weights = scores.broadcast_sub(&scores.max_keepdim(2).unwrap().detach()).unwrap().exp().unwrap();
+        let weights = weights.broadcast_div(&weights.sum_keepdim(2).unwrap()).unwrap();
+        let out = weights.matmul(&v).unwrap().transpose(0, 1).unwrap().flatten_from(1).unwrap();
+        let expected = (out * &dout).unwrap().sum_all().unwrap().backward().unwrap();
+        let [q, k, v] = &inputs;
+        let starts = [0, len];
+        let gradients = packed_attention_backward([q, k, v], &dout, &starts, case.window, SCALE).unwrap();
+        for (var, got) in vars.iter().zip(&gradients) {
+            let expected: Vec<f64> = floats(expected.get(var).unwrap()).into_iter().map(f64::from).collect();
+            check_close(&format!("{} heads", case.heads), &floats(got), &expected, 1e-4);
+        }
+        set_threads(1);
+        let alone = packed_attention_backward([q, k, v], &dout, &starts, case.window, SCALE).unwrap();
+        set_threads(0);
+        for (alone, got) in alone.iter().zip(&gradients) {
+            check_bits("one thread", &floats(alone), &floats(got));
+        }
+    }
 }

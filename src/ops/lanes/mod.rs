@@ -203,6 +203,14 @@ pub(super) fn widen_tail<I: Isa, E: Element>(isa: I, x: &[E]) -> I::V {
     E::widen(isa, &lanes)
 }
 
+/// `sums[i]` += a * `b[i]`: one step of the running sums of one row.
+#[inline(always)]
+pub(super) fn add_products<I: Isa, const C: usize>(isa: I, a: I::V, b: &[I::V; C], sums: &mut [I::V; C]) {
+    for (sum, b) in sums.iter_mut().zip(b) {
+        *sum = isa.fma(a, *b, *sum);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]

@@ -2,7 +2,7 @@
 //! Bound by reading the weight, so every column is read once, as several streams a thread.
 
 use super::panels;
-use crate::ops::lanes::{Body, Element, Isa, Kernel, LANES, widen_tail};
+use crate::ops::lanes::{Body, Element, Isa, Kernel, LANES, add_products, widen_tail};
 use crate::ops::parallel;
 use crate::ops::storage::Shared;
 
@@ -145,14 +145,6 @@ impl<E: Element, const R: usize, const C: usize> Kernel for Dots<'_, E, R, C> {
             *out = fold(isa, sums);
         }
         out
-    }
-}
-
-/// One step of the running sums of one row.
-#[inline(always)]
-pub(super) fn add_products<I: Isa, const C: usize>(isa: I, x: I::V, w: &[I::V; C], sums: &mut [I::V; C]) {
-    for (sum, w) in sums.iter_mut().zip(w) {
-        *sum = isa.fma(x, *w, *sum);
     }
 }
 

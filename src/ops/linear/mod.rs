@@ -2,41 +2,83 @@
 //! Sums over k run in 16 lanes (k mod 16), each a chain of fused multiply-adds in order of k, folded by one fixed tree.
 
 use super::lanes::Body;
+use super::parameter::Parameter;
 use super::storage::{Weights, slice};
 use crate::error::{Error, Result};
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor};
 
+pub mod adapter;
 mod dot;
+mod gradient;
+mod outer;
 mod panels;
+
+use adapter::Adapter;
 
 /// A linear layer without bias.
 #[derive(Debug, Clone)]
 pub enum Linear {
     /// The weight `[out, in]` as the checkpoint has it: f32, bf16 or f16.
-    Dense(Tensor),
+    Dense(Parameter),
+    /// A dense layer and low-rank corrections to some of its outputs.
+    Adapted(Parameter, Vec<Adapter>),
 }
 
 impl Linear {
     /// A layer over `weight` `[out, in]`, f32, bf16 or f16, kept as it is and contiguous. Fails for other types and ranks.
-    pub fn dense(weight: Tensor) -> Result<Self> {
-        weight.dims2()?;
-        match weight.dtype() {
-            DType::F32 | DType::BF16 | DType::F16 => Ok(Self::Dense(weight.contiguous()?)),
+    pub fn dense(weight: impl Into<Parameter>) -> Result<Self> {
+        let weight = weight.into();
+        weight.value().dims2()?;
+        match weight.value().dtype() {
+            DType::F32 | DType::BF16 | DType::F16 if weight.value().is_contiguous() => Ok(Self::Dense(weight)),
+            DType::F32 | DType::BF16 | DType::F16 => Ok(Self::Dense(weight.value().contiguous()?.into())),
             other => Err(Error::Unsupported(format!("linear weights of type {other:?}"))),
         }
     }
 
     /// `x` `[T, in]` f32 to `[T, out]` f32. The bits of a row depend on that row and the weights only.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let Self::Dense(weight) = self;
-        Ok(x.apply_op2(weight, Product { body: Body::best() })?)
+        match self {
+            Self::Dense(weight) => product(x, weight.value()),
+            Self::Adapted(weight, adapters) => {
+                let y = product(x, weight.value())?;
+                adapters.iter().try_fold(y, |y, adapter| adapter.add_to(y, x))
+            }
+        }
+    }
+
+    /// The gradient of the input, `[T, in]`, from the input `x` `[T, in]` and the gradient `dy` `[T, out]` of the output;
+    /// the gradients of trained weights are added to theirs. dx = dy W, dW = dy^T x.
+    pub fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        let (weight, adapters) = match self {
+            Self::Dense(weight) => (weight, &[][..]),
+            Self::Adapted(weight, adapters) => (weight, &adapters[..]),
+        };
+        let dx = gradient::backward(x, weight, dy)?;
+        adapters.iter().try_fold(dx, |dx, adapter| adapter.backward(dx, x, dy))
+    }
+
+    /// The weight `[out, in]` without corrections.
+    pub fn weight(&self) -> &Parameter {
+        let (Self::Dense(weight) | Self::Adapted(weight, _)) = self;
+        weight
+    }
+
+    /// The weight to be replaced.
+    pub fn weight_mut(&mut self) -> &mut Parameter {
+        let (Self::Dense(weight) | Self::Adapted(weight, _)) = self;
+        weight
     }
 
     /// Outputs and inputs of the layer.
     pub fn dims(&self) -> Result<(usize, usize)> {
-        let Self::Dense(weight) = self;
-        Ok(weight.dims2()?)
+        Ok(self.weight().value().dims2()?)
     }
+}
+
+/// `x` `[T, in]` f32 and `weight` `[out, in]` to `[T, out]`.
+fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    Ok(x.apply_op2_no_bwd(weight, &Product { body: Body::best() })?)
 }
 
 /// `x` `[T, in]`, `weight` `[out, in]` to `[T, out]`.

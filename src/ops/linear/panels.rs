@@ -1,8 +1,8 @@
 //! The dense product for many rows: both operands rearranged into panels that the caches hold and the registers stream.
 //! The order of every sum is that of `dot`; only who is computed next to whom differs.
 
-use super::dot::{Shape, add_products, fold};
-use crate::ops::lanes::{Body, Element, Isa, Kernel, LANES, widen_tail};
+use super::dot::{Shape, fold};
+use crate::ops::lanes::{Body, Element, Isa, Kernel, LANES, add_products, widen_tail};
 use crate::ops::parallel;
 use crate::ops::storage::Shared;
 

@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::*;
-use crate::ops::parallel::set_threads;
-use crate::ops::samples::{check_bits, check_close, floats, tensor};
+use crate::ops::parallel::{set_threads, threads};
+use crate::ops::samples::{check_bits, check_close, floats, numbers, tensor};
 
 const SIZES_IN: [usize; 8] = [1, 7, 16, 17, 64, 112, 768, 1031];
 const TYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
@@ -16,7 +16,7 @@ fn naive(x: &Tensor, weight: &Tensor) -> Vec<f64> {
 }
 
 fn run(body: Body, x: &Tensor, weight: &Tensor) -> Vec<f32> {
-    floats(&x.apply_op2(weight, Product { body }).unwrap())
+    floats(&x.apply_op2_no_bwd(weight, &Product { body }).unwrap())
 }
 
 #[test]
@@ -97,4 +97,75 @@ fn wrong_inputs_are_errors() {
     assert!(error.contains("contiguous"), "{error}");
     assert_eq!(layer.forward(&turned.contiguous().unwrap()).unwrap().dims(), [2, 4]);
     assert_eq!(layer.forward(&tensor(1, (0, 6))).unwrap().dims(), [0, 4]);
+}
+
+/// `[rows, columns]` transposed.
+fn turned(x: &Tensor) -> Tensor {
+    x.t().unwrap().contiguous().unwrap()
+}
+
+#[test]
+fn gradients_are_products_of_the_others() {
+    for (rows, columns, k) in [(1, 1, 1), (2, 9, 7), (70, 67, 130), (13, 64, 16), (300, 5, 100)] {
+        let (x, dy) = (tensor(1, (rows, k)), tensor(2, (rows, columns)));
+        let weight = Parameter::trained(&tensor(3, (columns, k))).unwrap();
+        let dx = Linear::dense(weight.clone()).unwrap().backward(&x, &dy).unwrap();
+        let what = format!("{rows}x{k}x{columns}");
+        check_close(&what, &floats(&dx), &naive(&dy, &turned(weight.value())), 2e-6 * columns as f64);
+        let expected = naive(&turned(&dy), &turned(&x));
+        check_close(&what, &floats(weight.gradient().unwrap()), &expected, 2e-6 * rows as f64);
+        let twice: Vec<f64> = expected.iter().map(|dw| 2.0 * dw).collect();
+        Linear::dense(weight.clone()).unwrap().backward(&x, &dy).unwrap();
+        check_close("twice", &floats(weight.gradient().unwrap()), &twice, 4e-6 * rows as f64);
+        for dtype in TYPES {
+            let frozen = weight.value().to_dtype(dtype).unwrap();
+            let dx = Linear::dense(frozen.clone()).unwrap().backward(&x, &dy).unwrap();
+            check_close("frozen", &floats(&dx), &naive(&dy, &turned(&frozen)), 2e-6 * columns as f64);
+        }
+    }
+}
+
+#[test]
+fn gradients_have_the_same_bits_on_every_body_and_with_any_number_of_threads() {
+    let (rows, columns, k) = (131, 90, 150);
+    let (a, b) = (numbers(1, rows * k), numbers(2, k * columns));
+    let run = |body| {
+        let mut c = numbers(3, rows * columns);
+        let sizes = outer::Sizes { rows, columns, k };
+        outer::add_product(body, &mut c, outer::Left::Rows(&a), &b, sizes);
+        c
+    };
+    let before = threads();
+    set_threads(1);
+    let expected = run(Body::best());
+    for count in [1, 2, 3] {
+        set_threads(count);
+        for body in Body::all() {
+            check_bits(&format!("{count} threads"), &run(body), &expected);
+        }
+    }
+    set_threads(before);
+}
+
+#[test]
+fn an_adapter_is_a_low_rank_change_of_the_weight() {
+    let (x, dy, weight) = (tensor(1, (9, 20)), tensor(2, (9, 12)), tensor(3, (12, 20)));
+    let part = |seed, shape: (usize, usize)| Parameter::trained(&tensor(seed, shape)).unwrap();
+    let adapters = vec![
+        Adapter::new(0..5, part(4, (3, 20)), part(5, (5, 3)), 0.5).unwrap(),
+        Adapter::new(7..12, part(6, (2, 20)), part(7, (5, 2)), 2.0).unwrap(),
+    ];
+    let merged = adapters.iter().fold(weight.clone(), |weight, adapter| adapter.merged(&weight).unwrap());
+    let layer = Linear::Adapted(weight.into(), adapters.clone());
+    check_close("y", &floats(&layer.forward(&x).unwrap()), &naive(&x, &merged), 1e-4);
+    let dx = layer.backward(&x, &dy).unwrap();
+    check_close("dx", &floats(&dx), &naive(&dy, &turned(&merged)), 1e-4);
+    for adapter in &adapters {
+        let [a, b] = adapter.matrices();
+        let dy = (dy.narrow(1, adapter.outputs.start, 5).unwrap() * f64::from(adapter.scale)).unwrap();
+        let low = (x.matmul(&turned(a.value()))).unwrap();
+        check_close("dB", &floats(b.gradient().unwrap()), &naive(&turned(&dy), &turned(&low)), 1e-4);
+        let d_low = dy.contiguous().unwrap().matmul(b.value()).unwrap();
+        check_close("dA", &floats(a.gradient().unwrap()), &naive(&turned(&d_low), &turned(&x)), 1e-4);
+    }
 }

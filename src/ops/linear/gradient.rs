@@ -1,0 +1,84 @@
+//! The gradients of a linear layer: dx = dy W and dW += dy^T x.
+
+use super::outer::{Left, Sizes, add_product};
+use crate::error::Result;
+use crate::ops::lanes::Body;
+use crate::ops::parameter::Parameter;
+use crate::ops::storage::{Weights, slice, slice_mut};
+use candle_core::{CpuStorage, CustomOp2, InplaceOp3, Layout, Shape, Tensor};
+
+/// dx `[T, in]` from `x` `[T, in]` and `dy` `[T, out]`, both contiguous; dW is added to the gradient of a trained weight.
+pub(super) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor) -> Result<Tensor> {
+    let body = Body::best();
+    if let Some(gradient) = weight.gradient() {
+        gradient.inplace_op3(dy, x, &OfWeight { body })?;
+    }
+    Ok(dy.apply_op2_no_bwd(weight.value(), &OfInput { body })?)
+}
+
+/// `dy` `[T, out]`, `weight` `[out, in]` to dx `[T, in]`.
+struct OfInput {
+    body: Body,
+}
+
+impl CustomOp2 for OfInput {
+    fn name(&self) -> &'static str {
+        "linear gradient of the input"
+    }
+
+    fn cpu_fwd(
+        &self,
+        dy: &CpuStorage,
+        dy_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (rows, k) = dy_layout.shape().dims2()?;
+        let (weight_k, columns) = weight_layout.shape().dims2()?;
+        if k != weight_k {
+            candle_core::bail!("{}: {k} outputs, the weight gives {weight_k}", self.name());
+        }
+        let dy = Left::Rows(slice(self.name(), dy, dy_layout)?);
+        let mut dx = vec![0.0; rows * columns];
+        let sizes = Sizes { rows, columns, k };
+        match Weights::new(self.name(), weight, weight_layout)? {
+            Weights::F32(weight) => add_product(self.body, &mut dx, dy, weight, sizes),
+            Weights::Bf16(weight) => add_product(self.body, &mut dx, dy, weight, sizes),
+            Weights::F16(weight) => add_product(self.body, &mut dx, dy, weight, sizes),
+        }
+        Ok((CpuStorage::F32(dx), Shape::from((rows, columns))))
+    }
+}
+
+/// dW `[out, in]` += dy^T x for `dy` `[T, out]` and `x` `[T, in]`.
+struct OfWeight {
+    body: Body,
+}
+
+impl InplaceOp3 for OfWeight {
+    fn name(&self) -> &'static str {
+        "linear gradient of the weight"
+    }
+
+    fn cpu_fwd(
+        &self,
+        gradient: &mut CpuStorage,
+        layout: &Layout,
+        dy: &CpuStorage,
+        dy_layout: &Layout,
+        x: &CpuStorage,
+        x_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let (k, rows) = dy_layout.shape().dims2()?;
+        let (x_rows, columns) = x_layout.shape().dims2()?;
+        if x_rows != k || layout.dims() != [rows, columns] {
+            let (dy, x) = (dy_layout.dims(), x_layout.dims());
+            candle_core::bail!("{}: {:?} from {dy:?} and {x:?}", self.name(), layout.dims());
+        }
+        let dy = Left::Columns(slice(self.name(), dy, dy_layout)?);
+        let x: &[f32] = slice(self.name(), x, x_layout)?;
+        let gradient = slice_mut(self.name(), gradient, layout)?;
+        add_product(self.body, gradient, dy, x, Sizes { rows, columns, k });
+        Ok(())
+    }
+}
