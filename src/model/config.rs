@@ -149,6 +149,11 @@ impl ModelConfig {
         self.checked_parameter_count().unwrap_or(u64::MAX)
     }
 
+    /// What attention scores are multiplied by: 1 / sqrt(head_dim) (arXiv 1706.03762, section 3.2.1).
+    pub fn attention_scale(&self) -> f32 {
+        (1.0 / (self.head_dim as f64).sqrt()) as f32
+    }
+
     /// Bytes of key-value cache that one token occupies over all layers, in f32.
     pub fn kv_bytes_per_token(&self) -> u64 {
         2 * KV_VALUE_BYTES * self.layers as u64 * self.kv_heads as u64 * self.head_dim as u64

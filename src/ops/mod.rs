@@ -4,6 +4,7 @@
 //! Every row of every result has the same bits whatever else is in the batch and whatever the processor or the number of threads.
 
 pub mod accumulate;
+pub mod adamw;
 pub mod attention;
 pub mod embed;
 pub mod kv_write;

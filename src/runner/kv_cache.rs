@@ -37,9 +37,7 @@ impl KvCache {
         let layers = (0..config.layers)
             .map(|_| Ok(LayerCache { keys: zeros()?, values: zeros()? }))
             .collect::<Result<Vec<_>>>()?;
-        // Attention scores are divided by the square root of the head dimension (arXiv 1706.03762, section 3.2.1).
-        let scale = (1.0 / (config.head_dim as f64).sqrt()) as f32;
-        Ok(Self { layers, block_count, block_size, scale })
+        Ok(Self { layers, block_count, block_size, scale: config.attention_scale() })
     }
 
     /// Blocks in all.

@@ -11,3 +11,4 @@ mod same_bits;
 mod simulation;
 mod tidy;
 mod tokenizer;
+mod training;

@@ -24,7 +24,7 @@ use eurus::runner::kv_cache::{KvCache, Paged};
 const DIFFERENCE_MAX: f32 = 2e-4;
 
 /// The checkpoint in `folder`, without going through `eurus::checkpoint`.
-fn load(folder: &Path) -> Result<Model> {
+pub(crate) fn load(folder: &Path) -> Result<Model> {
     let read = |name: &str| std::fs::read_to_string(folder.join(name));
     let config = ModelConfig::parse(&read("config.json").unwrap(), read("generation_config.json").ok().as_deref())?;
     Model::load(config, weights(folder), &Device::Cpu)
