@@ -6,6 +6,7 @@ pub mod countdown;
 pub mod make_model;
 pub mod model;
 pub mod serve;
+pub mod train;
 
 /// Median, 99th percentile and maximum of a sample, in milliseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize)]

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use clap::Subcommand;
 
-use crate::bench::{bon_curve, make_model, model, serve};
+use crate::bench::{bon_curve, make_model, model, serve, train};
 use crate::config::LogConfig;
 use crate::error::{Error, Result};
 
@@ -15,6 +15,8 @@ pub(super) enum BenchCommand {
     Serve(serve::Options),
     /// Time a model without a server: prompt and generated tokens per second
     Model(model::Options),
+    /// Time training without data: tokens per second and memory
+    Train(train::Options),
     /// Write a checkpoint of a chosen shape with random weights
     MakeModel(make_model::Options),
     /// Accuracy of best-of-n on verifiable problems, by n and strategy
@@ -37,6 +39,11 @@ pub(super) fn run(command: &BenchCommand) -> Result<()> {
         }
         BenchCommand::Model(options) => {
             let report = model::run(options, crate::serve::model(&options.model)?)?;
+            let text = if options.json { to_json(&report)? } else { report.to_string() };
+            super::print(&format!("{text}\n"))
+        }
+        BenchCommand::Train(options) => {
+            let report = train::run(options, crate::serve::model(&options.model)?)?;
             let text = if options.json { to_json(&report)? } else { report.to_string() };
             super::print(&format!("{text}\n"))
         }
