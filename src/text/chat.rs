@@ -162,7 +162,12 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// As [`Self::render`].
-    pub fn render_marked(&self, messages: &[Message], tokenizer: &Tokenizer, options: &RenderOptions) -> Result<Marked> {
+    pub fn render_marked(
+        &self,
+        messages: &[Message],
+        tokenizer: &Tokenizer,
+        options: &RenderOptions,
+    ) -> Result<Marked> {
         self.render_as(if self.marks { MARKED } else { PLAIN }, messages, tokenizer, options)
     }
 

@@ -45,7 +45,9 @@ impl Tokenizer {
         if rendered.as_text.is_empty() {
             let encoding = self.tokenise(&rendered.text, self.inner.get_added_vocabulary(), offsets)?;
             let tokens = encoding.get_ids().iter().zip(encoding.get_offsets());
-            return Ok(leading.chain(tokens.map(|(id, (start, end))| Located { id: *id, bytes: *start..*end })).collect());
+            return Ok(leading
+                .chain(tokens.map(|(id, (start, end))| Located { id: *id, bytes: *start..*end }))
+                .collect());
         }
         // Every special token of the template is swapped for a character of its own that the text does not have, and that
         // an otherwise equal list of added tokens knows; the special ones are off in that list.
