@@ -233,3 +233,183 @@ impl Families {
         roots.iter().map(|root| held[*root]).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn row(parent: &str, prompt: &[&str], chosen: &str, rejected: &str, turn: u32) -> Row {
+        let roles = ["user", "assistant"].into_iter().cycle();
+        let prompt = roles.zip(prompt).map(|(role, text)| Message::new(role, *text)).collect();
+        let (chosen, rejected) = (chosen.to_owned(), rejected.to_owned());
+        let content = Content::Pair { prompt, chosen, rejected, margin: None, turn: Some(Turn(turn)) };
+        Row { parent: Some(parent.to_owned()), content }
+    }
+
+    /// A tree of one row a turn, each going on from the incorrect action.
+    fn chain(name: &str, depth: u32) -> Vec<Row> {
+        let mut prompt = vec![format!("ask {name}")];
+        let mut rows = Vec::new();
+        for turn in 0..depth {
+            let (chosen, rejected) = (format!("right {turn}"), format!("wrong {turn}"));
+            let texts: Vec<&str> = prompt.iter().map(String::as_str).collect();
+            rows.push(row(name, &texts, &chosen, &rejected, turn));
+            prompt.extend([rejected, format!("out {turn}")]);
+        }
+        rows
+    }
+
+    fn texts(rows: &[Row], pair: &Augmented) -> (String, String) {
+        match (&rows[pair.chosen].content, &rows[pair.rejected].content) {
+            (Content::Pair { chosen, .. }, Content::Pair { rejected, .. }) => (chosen.clone(), rejected.clone()),
+            _ => panic!("only pairs are augmented"),
+        }
+    }
+
+    fn turn(row: &Row) -> Turn {
+        match &row.content {
+            Content::Pair { turn, .. } => turn.unwrap(),
+            _ => panic!("not a turn"),
+        }
+    }
+
+    #[test]
+    fn only_the_first_of_equal_correct_leaves_is_learnt() {
+        let rows = [
+            row("a", &["q"], "x", "w", 0),
+            row("a", &["q", "w", "o"], "y", "v", 1),
+            // Another row goes on from the correct action z: no leaf.
+            row("b", &["p"], "z", "w", 0),
+            row("b", &["p", "z", "o"], "x", "v", 1),
+            // The action of a row above after another history, and of another instruction.
+            row("a", &["q", "v", "o"], "x", "u", 1),
+            row("c", &["r"], "x", "w", 0),
+        ];
+        use Action::{Inner, Leaf, Repeated};
+        let expected = [Leaf, Leaf, Inner, Leaf, Repeated, Leaf].map(Some);
+        assert_eq!(leaves(&rows.iter().collect::<Vec<_>>()), expected);
+        let answer = Content::Answer { prompt: Vec::new(), answer: String::new(), desirable: None };
+        assert_eq!(leaves(&[&Row { parent: None, content: answer }]), [None]);
+    }
+
+    #[test]
+    fn a_chain_of_three_gives_its_six_pairs_and_one_of_four_none() {
+        let pairs = |depth| {
+            let rows = chain("t", depth);
+            let mut pairs: Vec<_> =
+                augment(&rows.iter().collect::<Vec<_>>(), 7).iter().map(|pair| texts(&rows, pair)).collect();
+            pairs.sort();
+            pairs
+        };
+        let pair = |right: u32, wrong: u32| (format!("right {right}"), format!("wrong {wrong}"));
+        assert_eq!(pairs(1), []);
+        assert_eq!(pairs(2), [pair(0, 1), pair(1, 0)]);
+        assert_eq!(pairs(3), [pair(0, 1), pair(0, 2), pair(1, 0), pair(1, 2), pair(2, 0), pair(2, 1)]);
+        assert_eq!(pairs(4), []);
+    }
+
+    #[test]
+    fn a_repeated_action_is_one_action() {
+        // The wrong action of turn 0 comes again at turn 1: the pair of turn 1's chosen with it is in the multi-turn set.
+        let rows = [row("a", &["q"], "x", "w", 0), row("a", &["q", "w", "o"], "y", "w", 1)];
+        assert_eq!(augment(&rows.iter().collect::<Vec<_>>(), 1), []);
+        // 1 x 10 is the largest grid; each correct action has three pairs at most.
+        let many: Vec<Row> =
+            (0..10).map(|turn| row("a", &["q"], "x", &format!("w{turn}"), u32::from(turn > 0))).collect();
+        let once: Vec<Row> = (0..10)
+            .map(|turn| row("a", &["q"], if turn == 0 { "x" } else { "w1" }, &format!("w{turn}"), turn))
+            .collect();
+        assert_eq!(augment(&many.iter().collect::<Vec<_>>(), 1), []);
+        assert_eq!(augment(&once.iter().collect::<Vec<_>>(), 1).len(), 0, "2 x 10 is too large");
+        let wide: Vec<Row> = (0..4)
+            .map(|turn| {
+                row("a", &["q"], if turn < 2 { "x" } else { "y" }, &format!("w{}", turn % 2), turn * 2 + turn % 2)
+            })
+            .collect();
+        assert!(augment(&wide.iter().collect::<Vec<_>>(), 1).len() <= 4);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn augmentation_keeps_every_limit(
+            shape in prop::collection::vec((0..6u8, 0..4u8, 0..4u8, 0..3u32), 0..40),
+            seed in any::<u64>(),
+        ) {
+            let made: Vec<Row> = shape.iter().map(|(tree, chosen, rejected, turn)| {
+                row(&format!("p{tree}"), &[&format!("q{}", tree / 2)], &format!("c{chosen}"), &format!("r{rejected}"), *turn)
+            }).collect();
+            let rows: Vec<&Row> = made.iter().collect();
+            let drawn = augment(&rows, seed);
+            prop_assert_eq!(&drawn, &augment(&rows, seed));
+            let mut per_tree: HashMap<&str, Vec<(String, String)>> = HashMap::new();
+            for pair in &drawn {
+                let (right, wrong) = (&made[pair.chosen], &made[pair.rejected]);
+                prop_assert_eq!(&right.parent, &wrong.parent);
+                let parent = right.parent.as_deref().unwrap();
+                prop_assert!(turn(right) != turn(wrong));
+                let (chosen, rejected) = texts(&made, pair);
+                // No row has both at one turn.
+                let stands = |text: &str, better: bool| -> Vec<Turn> {
+                    let of_tree = made.iter().filter(|row| row.parent.as_deref() == Some(parent));
+                    of_tree.filter(|row| match &row.content {
+                        Content::Pair { chosen, rejected, .. } => text == if better { chosen } else { rejected },
+                        _ => false,
+                    }).map(turn).collect()
+                };
+                let apart = stands(&rejected, false);
+                prop_assert!(stands(&chosen, true).iter().all(|turn| !apart.contains(turn)));
+                per_tree.entry(parent).or_default().push((chosen, rejected));
+            }
+            for (parent, pairs) in per_tree {
+                prop_assert!(pairs.len() <= 9);
+                for (chosen, rejected) in &pairs {
+                    prop_assert_eq!(pairs.iter().filter(|pair| (&pair.0, &pair.1) == (chosen, rejected)).count(), 1);
+                    prop_assert!(pairs.iter().filter(|pair| pair.0 == *chosen).count() <= 3);
+                    prop_assert!(pairs.iter().filter(|pair| pair.1 == *rejected).count() <= 3);
+                }
+                let distinct = |better: bool| -> usize {
+                    let of_tree = made.iter().filter(|row| row.parent.as_deref() == Some(parent));
+                    of_tree.map(|row| match &row.content {
+                        Content::Pair { chosen, rejected, .. } => if better { chosen } else { rejected },
+                        _ => panic!("only pairs"),
+                    }).collect::<HashSet<_>>().len()
+                };
+                prop_assert!(distinct(true) * distinct(false) <= 10);
+            }
+        }
+
+        #[test]
+        fn families_are_held_out_whole_and_whatever_their_order(
+            shape in prop::collection::vec((0..30u8, 0..30u8), 2..60),
+            fraction in 0.01..0.9f64,
+            seed in any::<u64>(),
+        ) {
+            let rows: Vec<Row> = shape.iter().map(|(parent, ask)| row(&format!("p{parent}"), &[&format!("q{ask}")], "c", "r", 0)).collect();
+            let split = |order: &[usize]| {
+                let mut families = Families::new();
+                let members: Vec<usize> = order.iter().map(|index| families.add(&rows[*index])).collect();
+                let held = families.held_out(fraction, seed);
+                let mut sides = vec![false; rows.len()];
+                order.iter().zip(members).for_each(|(index, member)| sides[*index] = held[member]);
+                sides
+            };
+            let forwards: Vec<usize> = (0..rows.len()).collect();
+            let backwards: Vec<usize> = forwards.iter().rev().copied().collect();
+            let sides = split(&forwards);
+            prop_assert_eq!(&sides, &split(&backwards));
+            for (left, first) in shape.iter().enumerate() {
+                for (right, second) in shape.iter().enumerate() {
+                    if first.0 == second.0 || first.1 == second.1 {
+                        prop_assert_eq!(sides[left], sides[right]);
+                    }
+                }
+            }
+            prop_assert!(sides.contains(&false));
+        }
+    }
+}
