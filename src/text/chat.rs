@@ -32,7 +32,7 @@ const MISTRAL_INSTRUCT: &str = "\
     {%- endif %}
 {%- endfor %}";
 
-/// Only marks which text is the assistant's, for training. An empty condition in its place keeps the effect on white space.
+/// Only marks which text is the assistant's, for training. A condition in its place keeps the effect on white space.
 static GENERATION: LazyLock<Option<Regex>> =
     LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").ok());
 
@@ -90,11 +90,21 @@ pub struct Rendered {
     pub as_text: Vec<Range<usize>>,
 }
 
+/// A conversation as text, and which of it is the assistant's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Marked {
+    /// The text, that of [`ChatTemplate::render`].
+    pub rendered: Rendered,
+    /// Byte ranges of the text, ascending, that the template prints between `{% generation %}` and `{% endgeneration %}`.
+    pub generated: Vec<Range<usize>>,
+}
+
 /// A compiled chat template.
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     name: String,
     source: String,
+    marks: bool,
     environment: Environment<'static>,
 }
 
@@ -113,16 +123,13 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", to_json);
-        let plain = GENERATION.as_ref().map_or(source.into(), |tag| {
-            tag.replace_all(source, |found: &regex::Captures<'_>| {
-                let body = if found.get(2).is_some() { "endif" } else { "if true" };
-                format!("{{%{} {body} {}%}}", &found[1], &found[3])
-            })
-        });
-        environment
-            .add_template_owned("chat", plain.into_owned())
-            .map_err(|error| Error::Checkpoint(format!("chat template {name}: {error}")))?;
-        Ok(Self { name, source: source.to_owned(), environment })
+        let marks = GENERATION.as_ref().is_some_and(|tag| tag.is_match(source));
+        for (template, is_marked) in [(PLAIN, false), (MARKED, true)].into_iter().take(1 + usize::from(marks)) {
+            environment
+                .add_template_owned(template, without_generation(source, is_marked))
+                .map_err(|error| Error::Checkpoint(format!("chat template {name}: {error}")))?;
+        }
+        Ok(Self { name, source: source.to_owned(), marks, environment })
     }
 
     /// The template named `mistral-instruct`, for Eurus checkpoints that carry none.
@@ -138,11 +145,39 @@ impl ChatTemplate {
         &self.name
     }
 
+    /// Whether it says which text is the assistant's, by `{% generation %}`.
+    pub fn marks_answers(&self) -> bool {
+        self.marks
+    }
+
     /// The conversation as text.
     ///
     /// # Errors
     /// No messages, roles that the template or the ending refuses, or a template that fails or takes too long.
     pub fn render(&self, messages: &[Message], tokenizer: &Tokenizer, options: &RenderOptions) -> Result<Rendered> {
+        Ok(self.render_as(PLAIN, messages, tokenizer, options)?.rendered)
+    }
+
+    /// The conversation as text with the parts that the template marks as the assistant's; none where it marks nothing.
+    ///
+    /// # Errors
+    /// As [`Self::render`].
+    pub fn render_marked(
+        &self,
+        messages: &[Message],
+        tokenizer: &Tokenizer,
+        options: &RenderOptions,
+    ) -> Result<Marked> {
+        self.render_as(if self.marks { MARKED } else { PLAIN }, messages, tokenizer, options)
+    }
+
+    fn render_as(
+        &self,
+        template: &str,
+        messages: &[Message],
+        tokenizer: &Tokenizer,
+        options: &RenderOptions,
+    ) -> Result<Marked> {
         let Some(last) = messages.last() else {
             return Err(Error::invalid("messages", "at least one message is needed"));
         };
@@ -169,28 +204,36 @@ impl ChatTemplate {
             turn.content.push(mark);
             turn.content.push(' ');
         }
-        let prompt = options.ending == Ending::Prompt;
-        let mut text = self.run(tokenizer, &turns, variables, prompt)?;
+        let mut context = self.context(tokenizer, &turns, variables);
+        context.insert("add_generation_prompt".to_owned(), Value::from(options.ending == Ending::Prompt));
+        let mut borders = None;
+        if template == MARKED {
+            let mut border = || escape.free.next().ok_or_else(no_character_left);
+            let (opens, closes) = (border()?, border()?);
+            context.insert(OPENS.to_owned(), Value::from(opens.to_string()));
+            context.insert(CLOSES.to_owned(), Value::from(closes.to_string()));
+            borders = Some((opens, closes));
+        }
+        let compiled = self.environment.get_template(template).map_err(Error::internal)?;
+        let mut text = compiled.render(context).map_err(|error| failure(&self.name, &error))?;
         if open {
             text.truncate(cut(&text, mark, &answer)?);
         }
-        Ok(escape.undo(&text))
+        Ok(escape.undo(&text, borders))
     }
 
-    fn run(
+    fn context(
         &self,
         tokenizer: &Tokenizer,
         turns: &[Message],
         variables: serde_json::Map<String, serde_json::Value>,
-        prompt: bool,
-    ) -> Result<String> {
+    ) -> HashMap<String, Value> {
         let mut context: HashMap<String, Value> = HashMap::new();
         // Hugging Face always passes these two; templates test them with `is not none`.
         context.insert("tools".to_owned(), Value::from(()));
         context.insert("documents".to_owned(), Value::from(()));
         context.extend(variables.into_iter().map(|(name, value)| (name, Value::from(Serde(value)))));
         context.insert("messages".to_owned(), Value::from(Serde(turns)));
-        context.insert("add_generation_prompt".to_owned(), Value::from(prompt));
         let names = [
             ("bos_token", tokenizer.bos_text()),
             ("eos_token", tokenizer.eos_text()),
@@ -199,9 +242,33 @@ impl ChatTemplate {
         for (name, text) in names {
             context.extend(text.map(|text| (name.to_owned(), Value::from(text))));
         }
-        let template = self.environment.get_template("chat").map_err(Error::internal)?;
-        template.render(context).map_err(|error| failure(&self.name, &error))
+        context
     }
+}
+
+/// The template without a trace of `{% generation %}`.
+const PLAIN: &str = "chat";
+/// The template that prints a character at either border of what is generated.
+const MARKED: &str = "marked";
+/// The variables with these characters.
+const OPENS: &str = "__generation_opens";
+const CLOSES: &str = "__generation_closes";
+
+/// `source` with conditions in the place of the tags that minijinja does not know. A border's character stands between
+/// two tags, so that white space is cut on both sides as the one tag would.
+fn without_generation(source: &str, is_marked: bool) -> String {
+    let Some(tag) = GENERATION.as_ref() else { return source.to_owned() };
+    let replaced = tag.replace_all(source, |found: &regex::Captures<'_>| {
+        let closes = found.get(2).is_some();
+        let (body, border) = if closes { ("endif", CLOSES) } else { ("if true", OPENS) };
+        let (before, after) = (&found[1], &found[3]);
+        match (is_marked, closes) {
+            (false, _) => format!("{{%{before} {body} {after}%}}"),
+            (true, false) => format!("{{%{before} if true %}}{{{{ {border} }}}}{{% if true {after}%}}"),
+            (true, true) => format!("{{%{before} endif %}}{{{{ {border} }}}}{{% endif {after}%}}"),
+        }
+    });
+    replaced.into_owned()
 }
 
 /// Variables that only the conversation and the tokenizer decide.
@@ -351,20 +418,27 @@ impl<'a> Escape<'a> {
         Ok(character)
     }
 
-    fn undo(&self, text: &str) -> Rendered {
+    /// `text` with every token in the place of its stand-in, and what lies between `borders`.
+    fn undo(&self, text: &str, borders: Option<(char, char)>) -> Marked {
         let mut rendered = Rendered { text: String::with_capacity(text.len()), as_text: Vec::new() };
+        let (mut generated, mut opened) = (Vec::new(), None);
         for character in text.chars() {
-            let private = PRIVATE.contains(&character);
-            match self.swapped.iter().find(|(_, _, stand_in)| private && *stand_in == character) {
-                Some((_, token, _)) => {
-                    let start = rendered.text.len();
-                    rendered.text.push_str(token);
-                    rendered.as_text.push(start..rendered.text.len());
-                }
-                None => rendered.text.push(character),
+            let at = rendered.text.len();
+            if !PRIVATE.contains(&character) {
+                rendered.text.push(character);
+            } else if let Some((_, token, _)) = self.swapped.iter().find(|(_, _, stand_in)| *stand_in == character) {
+                rendered.text.push_str(token);
+                rendered.as_text.push(at..rendered.text.len());
+            } else if borders.is_some_and(|(opens, _)| opens == character) {
+                opened = Some(at);
+            } else if borders.is_some_and(|(_, closes)| closes == character) {
+                generated.extend(opened.take().map(|start| start..at));
+            } else {
+                rendered.text.push(character);
             }
         }
-        rendered
+        generated.extend(opened.map(|start| start..rendered.text.len()));
+        Marked { rendered, generated }
     }
 }
 

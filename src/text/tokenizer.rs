@@ -1,20 +1,23 @@
 //! Text to token ids and back. Owns the one decision on BOS: it is added here or by the chat template, never twice.
 //! The post-processor, truncation and padding of a tokenizer.json are not used.
 
-use std::collections::{HashMap, HashSet};
+mod rendered;
+
+use std::collections::HashSet;
 use std::ops::{Range, RangeInclusive};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use regex::{Regex, RegexBuilder};
 use serde_json::Value;
 use tokenizers::{
-    AddedToken, AddedVocabulary, DecoderWrapper, Model, ModelWrapper, NormalizerWrapper, OffsetType,
+    AddedToken, AddedVocabulary, DecoderWrapper, Encoding, Model, ModelWrapper, NormalizerWrapper, OffsetType,
     PostProcessorWrapper, PreTokenizer, PreTokenizerWrapper, TokenizerImpl,
 };
 
-use super::chat::Rendered;
 use super::detokenize::{Detokenizer, Joiner, Start};
 use crate::error::{Error, Result};
+
+pub use rendered::Located;
 
 type Inner = TokenizerImpl<ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
 
@@ -129,50 +132,7 @@ impl Tokenizer {
             Special::AsText => (&self.as_text, false),
         };
         let mut ids = self.leading(bos, begins);
-        ids.extend(self.tokenise(text, added)?);
-        Ok(ids)
-    }
-
-    /// Token ids of a rendered conversation: special tokens of the template are tokens, those that a message spells out are
-    /// text. One BOS in front, the template's or, where this tokenizer adds BOS, its own.
-    ///
-    /// # Errors
-    /// As [`Self::encode`].
-    pub fn encode_rendered(&self, rendered: &Rendered) -> Result<Vec<u32>> {
-        if rendered.as_text.is_empty() {
-            return self.encode(&rendered.text, Special::Parse, Bos::Add);
-        }
-        // Every special token of the template is swapped for a character of its own that the text does not have, and that
-        // an otherwise equal list of added tokens knows; the special ones are off in that list.
-        let mut stand_ins = StandIns::new(&rendered.text);
-        let mut text = String::with_capacity(rendered.text.len());
-        let mut end = 0;
-        for range in &rendered.as_text {
-            self.swap(&rendered.text, end..range.start, &mut stand_ins, &mut text)?;
-            text.push_str(&rendered.text[range.clone()]);
-            end = range.end;
-        }
-        self.swap(&rendered.text, end..rendered.text.len(), &mut stand_ins, &mut text)?;
-        let mut added = self.as_text.clone();
-        let decoder = self.inner.get_added_vocabulary().get_added_tokens_decoder();
-        let tokens = stand_ins.of_id.iter().filter_map(|(id, character)| {
-            let token = decoder.get(id)?;
-            let flags = AddedToken::from(*character, false).normalized(false).lstrip(token.lstrip);
-            Some(flags.rstrip(token.rstrip))
-        });
-        let tokens: Vec<AddedToken> = tokens.collect();
-        added.add_tokens(tokens, self.inner.get_model(), self.inner.get_normalizer()).map_err(Error::internal)?;
-        let real: HashMap<u32, u32> = stand_ins
-            .of_id
-            .iter()
-            .filter_map(|(id, character)| {
-                Some((added.token_to_id(&character.to_string(), self.inner.get_model())?, *id))
-            })
-            .collect();
-        let begins =
-            rendered.as_text.first().is_none_or(|range| range.start > 0) && self.starts_with_bos(&rendered.text);
-        let mut ids = self.leading(Bos::Add, begins);
-        ids.extend(self.tokenise(&text, &added)?.into_iter().map(|id| real.get(&id).copied().unwrap_or(id)));
+        ids.extend_from_slice(self.tokenise(text, added, OffsetType::None)?.get_ids());
         Ok(ids)
     }
 
@@ -294,53 +254,20 @@ impl Tokenizer {
         }
     }
 
-    fn tokenise(&self, text: &str, added: &AddedVocabulary) -> Result<Vec<u32>> {
+    fn tokenise(&self, text: &str, added: &AddedVocabulary, offsets: OffsetType) -> Result<Encoding> {
         if text.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Encoding::default());
         }
-        let run = || -> tokenizers::Result<Vec<u32>> {
+        let run = || {
             let mut pieces = added.extract_and_normalize(self.inner.get_normalizer(), text);
             if let Some(pre_tokenizer) = self.inner.get_pre_tokenizer() {
                 pre_tokenizer.pre_tokenize(&mut pieces)?;
             }
             self.inner.get_model().tokenize_in_pretokenized(&mut pieces, None)?;
-            Ok(pieces.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
+            pieces.into_encoding(None, 0, offsets)
         };
         let gave_up = |_| Error::Invalid { message: "the tokenizer gave up on this text".to_owned(), field: None };
         guarded(run).map_err(gave_up)?.map_err(|error| Error::Invalid { message: error.to_string(), field: None })
-    }
-
-    fn swap(&self, text: &str, range: Range<usize>, stand_ins: &mut StandIns, out: &mut String) -> Result<()> {
-        let start = range.start;
-        let mut end = start;
-        for (found, id) in self.specials_in(&text[range.clone()]) {
-            out.push_str(&text[end..start + found.start]);
-            out.push(stand_ins.of(id)?);
-            end = start + found.end;
-        }
-        out.push_str(&text[end..range.end]);
-        Ok(())
-    }
-}
-
-/// Characters that stand for special tokens while a text is taken apart.
-struct StandIns {
-    free: Box<dyn Iterator<Item = char>>,
-    of_id: Vec<(u32, char)>,
-}
-
-impl StandIns {
-    fn new(text: &str) -> Self {
-        Self { free: Box::new(unused_characters([text])), of_id: Vec::new() }
-    }
-
-    fn of(&mut self, id: u32) -> Result<char> {
-        if let Some((_, character)) = self.of_id.iter().find(|(known, _)| *known == id) {
-            return Ok(*character);
-        }
-        let character = self.free.next().ok_or_else(no_character_left)?;
-        self.of_id.push((id, character));
-        Ok(character)
     }
 }
 

@@ -168,3 +168,93 @@ impl Packed {
         packed
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn text(tokens: &[u32], prompt: usize) -> Text {
+        Text { tokens: tokens.to_vec(), targets: (0..tokens.len()).map(|place| place >= prompt).collect() }
+    }
+
+    #[test]
+    fn the_order_is_the_same_everywhere() {
+        assert_eq!(Order::new(12, 0, 0).indices(), GOLDEN[0]);
+        assert_eq!(Order::new(12, 0, 1).indices(), GOLDEN[1]);
+        assert_eq!(Order::new(12, 1, 0).indices(), GOLDEN[2]);
+        assert_eq!(Order::new(0, 1, 0).indices(), [0; 0]);
+    }
+
+    /// By a second implementation, of Philox, SplitMix64 and the shuffle, in Python.
+    const GOLDEN: [[usize; 12]; 3] = [
+        [8, 5, 2, 4, 0, 11, 6, 10, 9, 7, 1, 3],
+        [2, 9, 10, 0, 7, 11, 1, 3, 8, 5, 4, 6],
+        [7, 3, 0, 1, 11, 4, 6, 8, 9, 5, 10, 2],
+    ];
+
+    #[test]
+    fn every_example_is_in_one_step_and_the_last_step_is_partial() {
+        let examples: Vec<Example> = (0..10).map(|token| Example::Text(text(&[1, token], 1))).collect();
+        let recipe = BatchRecipe { examples: 4, tokens: 8 };
+        let steps = steps(&examples, &recipe, 3, 0);
+        assert_eq!(steps.iter().map(Vec::len).collect::<Vec<_>>(), [4, 4, 2]);
+        let mut all = steps.concat();
+        all.sort_unstable();
+        assert_eq!(all, (0..10).collect::<Vec<_>>());
+        assert!(BatchRecipe { examples: 0, tokens: 1 }.check().is_err() && BatchRecipe::default().check().is_ok());
+    }
+
+    #[test]
+    fn places_are_drawn_evenly() {
+        let mut counts = [[0u32; 4]; 4];
+        for epoch in 0..4000 {
+            Order::new(4, 9, epoch).into_iter().enumerate().for_each(|(place, index)| counts[place][index] += 1);
+        }
+        // 1000 expected; 5 standard deviations are 137.
+        assert!(counts.iter().flatten().all(|count| count.abs_diff(1000) < 137), "{counts:?}");
+    }
+
+    #[test]
+    fn the_fullest_batch_with_room_takes_the_next_longest() {
+        assert_eq!(micro_batches(&[3, 7, 2, 5, 3], 10), [vec![0, 1], vec![2, 3, 4]]);
+        assert_eq!(micro_batches(&[4, 30, 6], 10), [vec![1], vec![0, 2]]);
+        // 8 | 6 3 would waste; the 2 goes where it fits exactly.
+        assert_eq!(micro_batches(&[6, 8, 2, 3], 10), [vec![1, 2], vec![0, 3]]);
+        assert_eq!(micro_batches(&[], 10), Vec::<Vec<usize>>::new());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn packing_is_whole_and_within_the_budget(lengths in prop::collection::vec(0..40usize, 0..80), tokens in 1..60usize) {
+            let batches = micro_batches(&lengths, tokens);
+            let mut all = batches.concat();
+            all.sort_unstable();
+            prop_assert_eq!(all, (0..lengths.len()).collect::<Vec<_>>());
+            let total: usize = lengths.iter().sum();
+            for batch in &batches {
+                let sum: usize = batch.iter().map(|index| lengths[*index]).sum();
+                prop_assert!(!batch.is_empty() && (sum <= tokens || batch.len() == 1));
+            }
+            // No two that are both at most half full.
+            let half = batches.iter().filter(|batch| batch.iter().map(|index| 2 * lengths[*index]).sum::<usize>() <= tokens);
+            prop_assert!(half.count() <= 1, "{} tokens in {:?}", total, batches);
+        }
+    }
+
+    #[test]
+    fn positions_and_targets_restart_with_every_text() {
+        let (first, second) = (text(&[1, 5, 6], 2), text(&[1, 7, 8, 9], 1));
+        let packed = Packed::new(&[&first, &second]);
+        assert_eq!(packed.tokens, [1, 5, 6, 1, 7, 8, 9]);
+        assert_eq!(packed.positions, [0, 1, 2, 0, 1, 2, 3]);
+        assert_eq!(packed.starts, [0, 3, 7]);
+        let targets =
+            [(1, 6, 0), (3, 7, 1), (4, 8, 1), (5, 9, 1)].map(|(row, token, text)| Target { row, token, text });
+        assert_eq!(packed.targets, targets);
+        assert_eq!(Packed::new(&[]).starts, [0]);
+    }
+}

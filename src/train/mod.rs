@@ -2,6 +2,7 @@
 //! Uses the decoder and the operations of serving; knows no engine and no HTTP.
 
 pub mod batch;
+pub mod data;
 pub mod example;
 pub mod learner;
 pub mod objective;
