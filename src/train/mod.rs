@@ -4,4 +4,6 @@
 pub mod batch;
 pub mod data;
 pub mod example;
+mod folder;
 pub mod recipe;
+pub mod snapshot;
