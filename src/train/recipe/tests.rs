@@ -5,7 +5,8 @@ use std::io::Write;
 
 use super::*;
 
-const LEAST: &str = "model.from = \"m\"\nrun.output = \"out\"\n";
+const BARE: &str = "model.from = \"m\"\nrun.output = \"out\"\n";
+const LEAST: &str = "model.from = \"m\"\nrun.output = \"out\"\ndata.source = [{ path = \"d\" }]\n";
 
 fn load(stage: Stage, text: &str, assignments: &[&str]) -> Result<Recipe> {
     let mut file = tempfile::NamedTempFile::new().unwrap();
@@ -75,7 +76,7 @@ fn values_are_toml_and_bare_words_are_strings() {
 
 #[test]
 fn entries_of_lists_are_reached_by_number() {
-    let text = format!("{LEAST}[[data.source]]\npath = \"a\"\n[[data.source]]\npath = \"b\"\n");
+    let text = format!("{BARE}[[data.source]]\npath = \"a\"\n[[data.source]]\npath = \"b\"\n");
     let recipe = load(Stage::Sft, &text, &["data.source.1.path=c", "data.source.0.path=d"]).unwrap();
     let paths: Vec<&Path> = recipe.data.source.iter().map(|source| source.path.as_path()).collect();
     assert_eq!(paths, [Path::new("d"), Path::new("c")]);
@@ -95,7 +96,8 @@ fn unknown_keys_come_with_the_nearest_known_one() {
     );
     check_refused(sft, "[optimiser]\neps = 1\n", &[], &["unknown key `optimiser`", "`optimizer`?"]);
     check_refused(sft, "", &["run.sed=1"], &["`run.sed` in the command line", "`run.seed`?"]);
-    check_refused(sft, "[[data.source]]\npth = \"a\"\n", &[], &["pth", "path"]);
+    check_refused(sft, "", &["data.source=[{pth=\"a\"}]"], &["pth", "path"]);
+    check_refused(sft, "", &["data.max_len=3"], &["`data.max_len`", "`data.max_length`?"]);
     check_refused(sft, "[lora]\nrnk = 3\n", &[], &["`lora.rnk`", "`lora.rank`?"]);
     check_refused(sft, "", &["run.seed=x"], &["`run.seed` in the command line"]);
 }
@@ -143,6 +145,8 @@ fn values_out_of_range_are_all_told_at_once() {
         (Stage::Sft, "optimizer.decay_ratio=0.1", "optimizer.decay_ratio"),
         (Stage::Sft, "optimizer.warmup_ratio=1.5", "optimizer.warmup_ratio"),
         (Stage::Sft, "run.output=\"\"", "run.output"),
+        (Stage::Sft, "data.source=[]", "data.source"),
+        (Stage::Sft, "batch.tokens=0", "batch.tokens"),
         (Stage::Sft, "model.from=\"\"", "model.from"),
         (Stage::Sft, "lora.targets=[\"q_prj\"]", "did you mean q_proj"),
         (Stage::Sft, "lora.targets=[\"q_proj\", \"q_proj\"]", "twice"),
@@ -155,7 +159,7 @@ fn values_out_of_range_are_all_told_at_once() {
 #[test]
 fn the_echo_reads_back_as_the_same_recipe() {
     let text =
-        format!("{LEAST}[[data.source]]\npath = \"a\\u007f\\\"b\"\n[[data.source]]\npath = \"c\"\nweight = 0.5\n");
+        format!("{BARE}[[data.source]]\npath = \"a\\u007f\\\"b\"\n[[data.source]]\npath = \"c\"\nweight = 0.5\n");
     for stage in Stage::ALL {
         let recipe = load(stage, &text, &["optimizer.schedule=wsd", "lora.rank=3", "run.threads=2"]).unwrap();
         let echo = recipe.to_toml();

@@ -47,6 +47,9 @@ impl Recipe {
     pub(super) fn validate(&self) -> Result<()> {
         let mut problems = Problems::default();
         self.validate_model(&mut problems);
+        for outcome in [self.data.check(), self.batch.check()] {
+            problems.0.extend(outcome.err().map(|error| error.to_string()));
+        }
         self.validate_objective(&mut problems);
         self.validate_optimizer(&mut problems);
         self.validate_run(&mut problems);
@@ -132,8 +135,6 @@ impl Recipe {
             ("run.threads", run.threads.unwrap_or(1) as u64, 1, 4096),
             // Smaller files than this would be thousands for a model of 7 billion parameters.
             ("run.max_shard_bytes", run.max_shard_bytes, 1 << 16, 1 << 50),
-            ("batch.examples", self.batch.examples as u64, 1, 1 << 30),
-            ("batch.tokens", self.batch.tokens as u64, 1, 1 << 30),
         ];
         for (key, value, least, most) in counts {
             problems.unless((least..=most).contains(&value), || format!("{key} = {value} is outside {least}..={most}"));
