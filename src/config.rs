@@ -1,8 +1,8 @@
 //! What a user may set, with units and defaults: one struct for each section, filled by `Config::load`.
 //! Owns names, defaults and ranges of keys; what they do is decided where they are used.
 
-mod layers;
-mod render;
+pub(crate) mod layers;
+pub(crate) mod render;
 
 use std::path::{Path, PathBuf};
 
@@ -404,7 +404,7 @@ impl Config {
 pub const NONE: &str = "none";
 
 /// A count of bytes: a number, or a string with a unit: `B`, `kB`, `MB`, `GB` (powers of 1000), `KiB`, `MiB`, `GiB`.
-fn byte_count<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<u64, D::Error> {
+pub(crate) fn byte_count<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<u64, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Written {

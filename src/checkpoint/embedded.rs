@@ -1,9 +1,9 @@
 //! The miniature models that are part of the program, so that it runs without a download.
 
-use super::facts::TokenizerFacts;
+use super::facts::{self, TokenizerFacts};
 use super::safetensors::TensorFile;
 use super::shards::{SINGLE, Shards};
-use super::{Checkpoint, OpenedTokenizer};
+use super::{CONFIG, Checkpoint, Files, GENERATION_CONFIG, OpenedTokenizer, TOKENIZER_JSON};
 use crate::error::Result;
 use crate::model::config::ModelConfig;
 
@@ -16,7 +16,7 @@ pub enum BuiltIn {
     MiniReward,
 }
 
-struct Files {
+struct BuiltInFiles {
     config: &'static str,
     generation_config: Option<&'static str>,
     tokenizer: &'static str,
@@ -25,7 +25,7 @@ struct Files {
     tensors: &'static [u8],
 }
 
-const POLICY: Files = Files {
+const POLICY: BuiltInFiles = BuiltInFiles {
     config: include_str!("../../models/eurus-mini/policy/config.json"),
     generation_config: Some(include_str!("../../models/eurus-mini/policy/generation_config.json")),
     tokenizer: include_str!("../../models/eurus-mini/policy/tokenizer.json"),
@@ -34,7 +34,7 @@ const POLICY: Files = Files {
     tensors: include_bytes!("../../models/eurus-mini/policy/model.safetensors"),
 };
 
-const REWARD: Files = Files {
+const REWARD: BuiltInFiles = BuiltInFiles {
     config: include_str!("../../models/eurus-mini/reward/config.json"),
     generation_config: None,
     tokenizer: include_str!("../../models/eurus-mini/reward/tokenizer.json"),
@@ -62,14 +62,31 @@ impl BuiltIn {
 
     /// Opens it like any other checkpoint.
     pub(super) fn open(self) -> Result<Checkpoint> {
-        let files = match self {
-            Self::MiniPolicy => &POLICY,
-            Self::MiniReward => &REWARD,
-        };
+        let files = self.files();
         let config = ModelConfig::parse(files.config, files.generation_config)?;
         let facts = TokenizerFacts::parse(Some(files.tokenizer_config), None, Some(files.template.to_owned()))?;
         let tokenizer = OpenedTokenizer { json: files.tokenizer.to_owned(), facts };
         let shards = Shards::of(vec![TensorFile::embedded(SINGLE, files.tensors)?])?;
-        Ok(Checkpoint::assemble(self.name().to_owned(), config, tokenizer, shards))
+        Ok(Checkpoint::assemble(self.name().to_owned(), config, tokenizer, shards, Files::BuiltIn(self)))
+    }
+
+    fn files(self) -> &'static BuiltInFiles {
+        match self {
+            Self::MiniPolicy => &POLICY,
+            Self::MiniReward => &REWARD,
+        }
+    }
+
+    /// The small file `name`, where it has one.
+    pub(super) fn file(self, name: &str) -> Option<&'static str> {
+        let files = self.files();
+        match name {
+            CONFIG => Some(files.config),
+            GENERATION_CONFIG => files.generation_config,
+            TOKENIZER_JSON => Some(files.tokenizer),
+            facts::CONFIG => Some(files.tokenizer_config),
+            facts::TEMPLATE => Some(files.template),
+            _ => None,
+        }
     }
 }

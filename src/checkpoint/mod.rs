@@ -19,15 +19,22 @@ mod source;
 pub use facts::TokenizerFacts;
 pub use hub::HubOptions;
 pub use safetensors::TensorInfo;
+pub use shards::{INDEX, SINGLE};
 pub use source::{Repository, Source};
 
+use embedded::BuiltIn;
 use folder::Folder;
 use shards::Shards;
 
+/// Sizes and kind of a model.
+pub const CONFIG: &str = "config.json";
+/// How a model generates by default.
+pub const GENERATION_CONFIG: &str = "generation_config.json";
 const TOKENIZER_JSON: &str = "tokenizer.json";
 const TOKENIZER_MODEL: &str = "tokenizer.model";
-const CONFIG: &str = "config.json";
-const GENERATION_CONFIG: &str = "generation_config.json";
+/// Everything that tells how text becomes tokens; a checkpoint has some of these.
+pub const TOKENIZER_FILES: [&str; 6] =
+    [TOKENIZER_JSON, TOKENIZER_MODEL, facts::CONFIG, facts::SPECIAL_MAP, "added_tokens.json", facts::TEMPLATE];
 
 /// How far a long operation has come. Sizes are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +69,14 @@ pub struct Checkpoint {
     /// What the files beside the tokenizer say.
     pub tokenizer_config: TokenizerFacts,
     shards: Shards,
+    files: Files,
+}
+
+/// Where the small files of a checkpoint are.
+#[derive(Debug, Clone)]
+enum Files {
+    Folder(Folder),
+    BuiltIn(BuiltIn),
 }
 
 struct OpenedTokenizer {
@@ -93,11 +108,22 @@ impl Checkpoint {
         let config = read_config(folder)?;
         let shards = Shards::open(folder)?;
         let tokenizer = OpenedTokenizer { json: tokenizer_json(folder)?, facts: TokenizerFacts::read(folder)? };
-        Ok(Self::assemble(name, config, tokenizer, shards))
+        Ok(Self::assemble(name, config, tokenizer, shards, Files::Folder(folder.clone())))
     }
 
-    fn assemble(name: String, config: ModelConfig, tokenizer: OpenedTokenizer, shards: Shards) -> Self {
-        Self { name, config, tokenizer_json: tokenizer.json, tokenizer_config: tokenizer.facts, shards }
+    fn assemble(name: String, config: ModelConfig, tokenizer: OpenedTokenizer, shards: Shards, files: Files) -> Self {
+        Self { name, config, tokenizer_json: tokenizer.json, tokenizer_config: tokenizer.facts, shards, files }
+    }
+
+    /// The bytes of the small file `name`, such as [`CONFIG`], as the checkpoint has it; None where it has none.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it cannot be read.
+    pub fn file(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        match &self.files {
+            Files::Folder(folder) => folder.bytes(name),
+            Files::BuiltIn(built_in) => Ok(built_in.file(name).map(|text| text.as_bytes().to_vec())),
+        }
     }
 
     /// Every tensor the files hold, without reading any.

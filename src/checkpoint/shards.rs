@@ -13,8 +13,10 @@ use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
 use crate::model::weights::{WeightProblems, Weights, is_harmless_extra};
 
-pub(super) const SINGLE: &str = "model.safetensors";
-pub(super) const INDEX: &str = "model.safetensors.index.json";
+/// The file of a checkpoint that has only one.
+pub const SINGLE: &str = "model.safetensors";
+/// Tells which shard holds which tensor.
+pub const INDEX: &str = "model.safetensors.index.json";
 
 /// Files of tensors with checked headers.
 #[derive(Debug, Clone)]

@@ -2,9 +2,18 @@
 //! Uses the decoder and the operations of serving; knows no engine and no HTTP.
 
 pub mod batch;
+pub mod card;
 pub mod data;
+mod events;
 pub mod example;
+pub mod export;
+mod folder;
 pub mod learner;
 pub mod objective;
 pub mod optimizer;
+pub mod plan;
+pub mod recipe;
+pub mod record;
+pub mod snapshot;
 pub mod step;
+pub mod trainer;
