@@ -1,17 +1,16 @@
 //! Writes a checkpoint of a chosen shape with random weights: something to measure where no real one can be had.
 //! It loads like any other Hugging Face folder; what it says is noise.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::safetensors;
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
-use crate::ops::sample::uniform;
+use crate::model::random::random_tensors;
 
 /// The shape of the checkpoint. The defaults are a Mistral of 125 million parameters.
 #[derive(Debug, Clone, clap::Args)]
@@ -79,7 +78,15 @@ pub fn run(options: &Options) -> Result<usize> {
     let text = to_text(&config(options))?;
     let config = ModelConfig::parse(&text, None)?;
     fs::create_dir(&options.out).map_err(|error| Error::file(&options.out, error))?;
-    let tensors = random_tensors(&config, options)?;
+    let dtype = match options.dtype {
+        WeightType::F32 => DType::F32,
+        WeightType::Bf16 => DType::BF16,
+        WeightType::F16 => DType::F16,
+    };
+    let mut tensors = random_tensors(&config, options.seed)?;
+    for tensor in tensors.values_mut() {
+        *tensor = tensor.to_dtype(dtype)?;
+    }
     safetensors::write(&options.out.join("model.safetensors"), &tensors)?;
     write(&options.out, "config.json", &text)?;
     write(&options.out, "tokenizer.json", &to_text(&tokenizer(options.vocab))?)?;
@@ -118,42 +125,6 @@ fn config(options: &Options) -> Value {
         config["append_eos"] = json!(append_eos);
     }
     config
-}
-
-/// Norm weights are one, all others normal with the usual standard deviation of 0.02.
-fn random_tensors(config: &ModelConfig, options: &Options) -> Result<HashMap<String, Tensor>> {
-    let dtype = match options.dtype {
-        WeightType::F32 => DType::F32,
-        WeightType::Bf16 => DType::BF16,
-        WeightType::F16 => DType::F16,
-    };
-    let mut drawn = 0;
-    let mut tensors = HashMap::new();
-    for (name, shape) in config.weight_shapes() {
-        let count = shape.iter().product();
-        let values = match name.ends_with("norm.weight") {
-            true => vec![1.0; count],
-            false => normal(options.seed, &mut drawn, count, 0.02),
-        };
-        tensors.insert(name, Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?);
-    }
-    Ok(tensors)
-}
-
-/// Normal numbers by the method of Box and Muller, from the generator of the sampler.
-fn normal(seed: u64, drawn: &mut u64, count: usize, deviation: f32) -> Vec<f32> {
-    let mut next = || {
-        *drawn += 1;
-        uniform(seed, *drawn)
-    };
-    let mut values = Vec::with_capacity(count + 1);
-    while values.len() < count {
-        let radius = f64::from(deviation) * (-2.0 * (1.0 - next()).ln()).sqrt();
-        let angle = std::f64::consts::TAU * next();
-        values.extend([(radius * angle.cos()) as f32, (radius * angle.sin()) as f32]);
-    }
-    values.truncate(count);
-    values
 }
 
 /// A byte-level tokenizer of the asked size: three special tokens, one token a byte, and names for the rest.

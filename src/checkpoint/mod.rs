@@ -6,6 +6,8 @@ use candle_core::Device;
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
+use crate::text::tokenizer::SpecialTokens;
+use crate::text::{ChatTemplate, Tokenizer};
 
 pub mod embedded;
 pub mod facts;
@@ -148,19 +150,39 @@ impl Checkpoint {
         self.shards.load(device, progress)
     }
 
-    /// Whether every id the tokenizer can produce has a row in the embedding.
+    /// The tokenizer.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if the tokenizer is not the model's.
-    pub fn check_token_ids(&self, largest_id: u32) -> Result<()> {
-        let rows = self.config.vocab;
-        if (largest_id as usize) < rows {
-            return Ok(());
+    /// [`Error::Checkpoint`] if its files are damaged, or if it has more tokens than the embedding has rows.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let facts = &self.tokenizer_config;
+        let special = SpecialTokens {
+            bos: facts.bos_token.clone(),
+            eos: facts.eos_token.clone(),
+            unk: facts.unk_token.clone(),
+            add_bos: facts.add_bos_token,
+        };
+        let tokenizer = Tokenizer::from_json(&self.tokenizer_json, &special)?;
+        let (count, rows) = (tokenizer.vocab_size(), self.config.vocab);
+        if count <= rows {
+            return Ok(tokenizer);
         }
         Err(Error::Checkpoint(format!(
-            "{}: the tokenizer has token {largest_id}, the embedding only {rows} rows: they belong to different models",
-            self.name
+            "{}: the tokenizer has token {}, the embedding only {rows} rows: they belong to different models",
+            self.name,
+            count - 1
         )))
+    }
+
+    /// The chat template: the checkpoint's, or the built-in one where it has none.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it is not a template.
+    pub fn chat_template(&self) -> Result<ChatTemplate> {
+        match &self.tokenizer_config.chat_template {
+            Some(source) => ChatTemplate::from_source(self.name.clone(), source),
+            None => ChatTemplate::built_in(),
+        }
     }
 }
 

@@ -4,6 +4,7 @@ pub mod config;
 pub mod decoder;
 pub mod heads;
 pub mod parameters;
+pub mod random;
 pub mod tape;
 pub mod weights;
 

@@ -86,12 +86,22 @@ impl Model {
             }
         }
         match self.config.head_tensor {
-            Some(_) => train(self.head.linear_mut().weight_mut()),
+            Some(_) => self.train_head(),
             None => {
                 *self.head.linear_mut().weight_mut() = self.decoder.embedding.clone();
                 Ok(())
             }
         }
+    }
+
+    /// Makes the weight of a head that is no embedding a trained one.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn train_head(&mut self) -> Result<()> {
+        let weight = self.head.linear_mut().weight_mut();
+        *weight = Parameter::trained(weight.value())?;
+        Ok(())
     }
 
     /// Puts a correction on every linear layer of the decoder for whose tensor `make` gives one, by name and shape `(out, in)`.

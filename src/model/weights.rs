@@ -42,6 +42,16 @@ impl Weights {
         Ok(Tensor::zeros((), DType::F32, &candle_core::Device::Cpu)?.broadcast_as(shape)?)
     }
 
+    /// Adds the tensor `name`, in the place of one that is there.
+    pub fn put(&mut self, name: impl Into<String>, tensor: Tensor) {
+        self.tensors.insert(name.into(), tensor);
+    }
+
+    /// Forgets the tensor `name`, if it is there.
+    pub fn discard(&mut self, name: &str) {
+        self.tensors.remove(name);
+    }
+
     /// Whether a tensor of this name is still to be taken.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)

@@ -1,4 +1,4 @@
-//! Sums in place: one tensor added to another, whole or to some of its columns.
+//! Changes in place: one tensor added to another, whole or to some of its columns, or put in its place.
 
 use super::parallel::for_each_chunk;
 use super::storage::{slice, slice_mut};
@@ -22,6 +22,36 @@ pub fn add_to(sum: &Tensor, x: &Tensor) -> Result<()> {
 /// If the shapes do not fit.
 pub(super) fn add_to_columns(y: &Tensor, x: &Tensor, first: usize, scale: f32) -> Result<()> {
     Ok(y.inplace_op2(x, &AddToColumns { first, scale })?)
+}
+
+/// The elements of `x` in the place of those of `target`, both f32, contiguous and of one shape.
+///
+/// # Errors
+/// If they are not.
+pub fn copy_to(target: &Tensor, x: &Tensor) -> Result<()> {
+    Ok(target.inplace_op2(x, &CopyTo)?)
+}
+
+struct CopyTo;
+
+impl InplaceOp2 for CopyTo {
+    fn name(&self) -> &'static str {
+        "copy_to"
+    }
+
+    fn cpu_fwd(
+        &self,
+        target: &mut CpuStorage,
+        target_layout: &Layout,
+        x: &CpuStorage,
+        x_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        if target_layout.dims() != x_layout.dims() {
+            candle_core::bail!("copy_to: {:?} in the place of {:?}", x_layout.dims(), target_layout.dims());
+        }
+        slice_mut("copy_to", target, target_layout)?.copy_from_slice(slice("copy_to", x, x_layout)?);
+        Ok(())
+    }
 }
 
 struct AddTo;
@@ -97,6 +127,8 @@ mod tests {
         let expected = floats(&(&sum + &x).unwrap());
         add_to(&sum, &x).unwrap();
         check_bits("all", &floats(&sum), &expected);
+        copy_to(&sum, &x).unwrap();
+        check_bits("copy", &floats(&sum), &floats(&x));
         let (y, x) = (tensor(3, (5, 10)), tensor(4, (5, 3)));
         let (before, part) = (floats(&y), floats(&x));
         add_to_columns(&y, &x, 6, 0.5).unwrap();
@@ -110,6 +142,7 @@ mod tests {
     #[test]
     fn wrong_shapes_are_errors() {
         assert!(add_to(&tensor(1, (2, 3)), &tensor(2, (3, 2))).is_err());
+        assert!(copy_to(&tensor(1, (2, 3)), &tensor(2, (3, 2))).is_err());
         assert!(add_to_columns(&tensor(1, (2, 3)), &tensor(2, (2, 2)), 2, 1.0).is_err());
         assert!(add_to_columns(&tensor(1, (2, 3)), &tensor(2, (1, 2)), 0, 1.0).is_err());
     }

@@ -30,7 +30,7 @@ pub fn check(config: &Config) -> (String, Result<()>) {
                 };
                 note(load::check_kind(kind, &checkpoint));
                 note(checkpoint.check_tensors());
-                note(load::tokenizer(&checkpoint).map(drop));
+                note(checkpoint.tokenizer().map(drop));
                 note(describe(&checkpoint, config, &mut available, &mut report));
             }
         }
@@ -60,7 +60,7 @@ fn describe(checkpoint: &Checkpoint, config: &Config, available: &mut Option<u64
         "  shape       {} layers, hidden {}, {} heads of {}, {} key/value heads, vocabulary {}",
         model.layers, model.hidden, model.heads, model.head_dim, model.kv_heads, model.vocab
     );
-    let template = load::template(checkpoint)?;
+    let template = checkpoint.chat_template()?;
     let _ = writeln!(report, "  template    {}", template.name());
     let plan = MemoryPlan::new(model, bytes, &config.engine, *available)?;
     let _ = writeln!(report, "  memory      {plan}");

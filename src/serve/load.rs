@@ -19,7 +19,7 @@ use crate::{
     model::{Model, config::HeadKind},
     runner::{Runner, kv_cache::KvCache},
     service::{Kind, ServedModel},
-    text::{ChatTemplate, Tokenizer, tokenizer::SpecialTokens},
+    text::Tokenizer,
 };
 
 /// The policy or the reward model of `config`, running.
@@ -34,8 +34,8 @@ pub(super) fn load(kind: Kind, config: &Config, metrics: &Metrics) -> Result<(Se
         Kind::Reward => &config.reward_model_name,
     };
     let name = name.clone().unwrap_or_else(|| checkpoint.name.clone());
-    let tokenizer = Arc::new(tokenizer(&checkpoint)?);
-    let template = Arc::new(template(&checkpoint)?);
+    let tokenizer = Arc::new(checkpoint.tokenizer()?);
+    let template = Arc::new(checkpoint.chat_template()?);
 
     let weight_bytes = checkpoint.headers().iter().map(|tensor| tensor.bytes).sum();
     let plan = MemoryPlan::new(&checkpoint.config, weight_bytes, &config.engine, device::memory_available())?;
@@ -101,26 +101,6 @@ pub(super) fn check_kind(kind: Kind, checkpoint: &Checkpoint) -> Result<()> {
         (Kind::Reward, HeadKind::Language) => {
             Err(Error::invalid("reward_model", format!("{} has no reward head", checkpoint.name)))
         }
-    }
-}
-
-pub(super) fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
-    let facts = &checkpoint.tokenizer_config;
-    let special = SpecialTokens {
-        bos: facts.bos_token.clone(),
-        eos: facts.eos_token.clone(),
-        unk: facts.unk_token.clone(),
-        add_bos: facts.add_bos_token,
-    };
-    let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json, &special)?;
-    checkpoint.check_token_ids(u32::try_from(tokenizer.vocab_size().saturating_sub(1)).map_err(Error::internal)?)?;
-    Ok(tokenizer)
-}
-
-pub(super) fn template(checkpoint: &Checkpoint) -> Result<ChatTemplate> {
-    match &checkpoint.tokenizer_config.chat_template {
-        Some(source) => ChatTemplate::from_source(checkpoint.name.clone(), source),
-        None => ChatTemplate::built_in(),
     }
 }
 

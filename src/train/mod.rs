@@ -3,17 +3,22 @@
 
 pub mod batch;
 pub mod card;
+pub mod course;
 pub mod data;
 mod events;
 pub mod example;
 pub mod export;
 mod folder;
+pub mod initial;
 pub mod learner;
 pub mod objective;
 pub mod optimizer;
 pub mod plan;
 pub mod recipe;
 pub mod record;
+pub mod reference;
+pub mod schedule;
 pub mod snapshot;
+pub mod state;
 pub mod step;
 pub mod trainer;

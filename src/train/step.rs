@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 use super::batch::{Packed, micro_batches};
 use super::example::{Example, Text};
 use super::learner::{Learner, Reading};
@@ -67,49 +69,75 @@ pub enum Pass {
 }
 
 /// Sums that become the metrics of one or several steps, under the names of TRL's trainers.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Tally {
-    sums: BTreeMap<&'static str, (f64, f64)>,
-    extremes: BTreeMap<&'static str, f64>,
+    /// The sum and the weights, by name.
+    sums: BTreeMap<String, (Bits, Bits)>,
+    extremes: BTreeMap<String, Bits>,
     /// Tokens that went through the model, those of prompts included.
     pub tokens: u64,
 }
 
+/// A number whose JSON keeps every bit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(from = "u64", into = "u64")]
+struct Bits(f64);
+
+impl From<u64> for Bits {
+    fn from(bits: u64) -> Self {
+        Self(f64::from_bits(bits))
+    }
+}
+
+impl From<Bits> for u64 {
+    fn from(number: Bits) -> Self {
+        number.0.to_bits()
+    }
+}
+
 impl Tally {
     /// Counts `value` `weight` times in the mean of `name`.
-    fn add(&mut self, name: &'static str, value: f64, weight: f64) {
-        let (sum, weights) = self.sums.entry(name).or_default();
-        *sum += value * weight;
-        *weights += weight;
+    pub fn add(&mut self, name: &str, value: f64, weight: f64) {
+        if !self.sums.contains_key(name) {
+            self.sums.insert(name.to_owned(), (Bits(0.0), Bits(0.0)));
+        }
+        if let Some((sum, weights)) = self.sums.get_mut(name) {
+            sum.0 += value * weight;
+            weights.0 += weight;
+        }
     }
 
-    fn extreme(&mut self, name: &'static str, value: f64, pick: fn(f64, f64) -> f64) {
-        self.extremes.entry(name).and_modify(|kept| *kept = pick(*kept, value)).or_insert(value);
+    fn extreme(&mut self, name: &str, value: f64) {
+        let pick = if name.starts_with("min") { f64::min } else { f64::max };
+        match self.extremes.get_mut(name) {
+            Some(kept) => kept.0 = pick(kept.0, value),
+            None => drop(self.extremes.insert(name.to_owned(), Bits(value))),
+        }
     }
 
     /// Takes in what `other` counted.
     pub fn merge(&mut self, other: &Self) {
         for (name, (sum, weights)) in &other.sums {
-            let (all, count) = self.sums.entry(name).or_default();
-            *all += sum;
-            *count += weights;
+            let (all, count) = self.sums.entry(name.clone()).or_default();
+            all.0 += sum.0;
+            count.0 += weights.0;
         }
         for (name, value) in &other.extremes {
-            self.extreme(name, *value, if name.starts_with("min") { f64::min } else { f64::max });
+            self.extreme(name, value.0);
         }
         self.tokens += other.tokens;
     }
 
     /// The metric `name`: a mean, or an extreme.
     pub fn get(&self, name: &str) -> Option<f64> {
-        let mean = self.sums.get(name).map(|(sum, weights)| sum / weights);
-        mean.or_else(|| self.extremes.get(name).copied())
+        let mean = self.sums.get(name).map(|(sum, weights)| sum.0 / weights.0);
+        mean.or_else(|| self.extremes.get(name).map(|value| value.0))
     }
 
     /// All metrics, by name.
     pub fn values(&self) -> Vec<(String, f64)> {
-        let means = self.sums.iter().map(|(name, (sum, weights))| ((*name).to_owned(), sum / weights));
-        let extremes = self.extremes.iter().map(|(name, value)| ((*name).to_owned(), *value));
+        let means = self.sums.iter().map(|(name, (sum, weights))| (name.clone(), sum.0 / weights.0));
+        let extremes = self.extremes.iter().map(|(name, value)| (name.clone(), value.0));
         means.chain(extremes).collect()
     }
 }
@@ -303,8 +331,8 @@ fn count_rewards(loss: &PairLoss, tally: &mut Tally) {
     tally.add("margin", loss.chosen - loss.rejected, 1.0);
     tally.add("mean_reward", (loss.chosen + loss.rejected) / 2.0, 1.0);
     for reward in [loss.chosen, loss.rejected] {
-        tally.extreme("min_reward", reward, f64::min);
-        tally.extreme("max_reward", reward, f64::max);
+        tally.extreme("min_reward", reward);
+        tally.extreme("max_reward", reward);
     }
 }
 

@@ -50,12 +50,12 @@ const LAYERS: &[Layer] = &[
     layer("device", &["error"], WEB),
     layer("ops", &["error"], NO_WEB_NO_TEXT),
     layer("model", &["ops", "error"], NO_WEB_NO_TEXT),
-    layer("checkpoint", &["model", "error"], NO_WEB_NO_TEXT),
+    layer("checkpoint", &["model", "text", "error"], NO_WEB_NO_TEXT),
     layer("engine", &["error", "metrics"], PURE),
     layer("runner", &["engine", "model", "ops", "error"], NO_WEB_NO_TEXT),
     layer("text", &["error"], NO_TENSORS_NO_WEB),
     layer("service", &["engine", "text", "error", "metrics"], NO_TENSORS_NO_WEB),
-    layer("train", &["model", "ops", "text", "checkpoint", "error", "config"], WEB),
+    layer("train", &["model", "ops", "text", "checkpoint", "device", "error", "config"], WEB),
     layer("http", &["service", "error", "metrics", "config"], NO_TENSORS_NO_TEXT),
 ];
 
