@@ -333,7 +333,7 @@ mod tests {
 
         #[test]
         fn augmentation_keeps_every_limit(
-            shape in prop::collection::vec((0..6u8, 0..4u8, 0..4u8, 0..3u32), 0..40),
+            shape in prop::collection::vec((0..6u8, 0..3u8, 0..6u8, 0..3u32), 0..40),
             seed in any::<u64>(),
         ) {
             let made: Vec<Row> = shape.iter().map(|(tree, chosen, rejected, turn)| {
