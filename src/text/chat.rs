@@ -576,5 +576,8 @@ mod tests {
         let source =
             "a\n  {% if true %}\n  b\n  {%- generation %}\n c\n  {%+ endgeneration -%}\n\n d\n  {% endif %}\ne\n\n";
         assert_eq!(rendered(source, &["q"], Ending::Prompt).unwrap(), "a\n  b c\n  d\ne\n");
+        let template = ChatTemplate::from_source("t", source).unwrap();
+        let marked = template.render_marked(&turns(&["q"]), &tokenizer(), &RenderOptions::new(Ending::Prompt)).unwrap();
+        assert_eq!((marked.rendered.text.as_str(), marked.generated), ("a\n  b c\n  d\ne\n", vec![5..10]));
     }
 }

@@ -284,6 +284,24 @@ mod tests {
     }
 
     #[test]
+    fn a_reward_is_trained_where_it_is_served() {
+        for (source, messages) in [(MARKED, ["1+1 </s>", "2"]), (MARKED, ["1+1", "2</s>"]), (MARKED, ["1", " 2 \n"])] {
+            let messages = turns(&messages);
+            for end in [TextEnd::Answer, TextEnd::AnswerAndEos] {
+                let encoder = encoder(source, end);
+                // As service::score has it.
+                let options = RenderOptions::new(Ending::Answer);
+                let rendered = encoder.template.render(&messages, &encoder.tokenizer, &options).unwrap();
+                let mut served = encoder.tokenizer.encode_rendered(&rendered).unwrap();
+                let eos = encoder.tokenizer.eos().filter(|eos| served.last() != Some(eos));
+                served.extend(eos.filter(|_| end == TextEnd::AnswerAndEos));
+                let text = encoder.encode(&messages, Turns::Last, SpecialText::Text).unwrap();
+                assert_eq!((text.targets.last(), text.tokens), (Some(&true), served));
+            }
+        }
+    }
+
+    #[test]
     fn a_last_turn_in_several_parts_counts_whole() {
         let parts = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content }}\
             {% endgeneration %}|{% generation %}!{% endgeneration %}{% endif %}{% endfor %}";

@@ -58,7 +58,7 @@ pub(super) struct Item<'a> {
 pub(super) struct Drawn<'a> {
     /// The item.
     pub(super) item: Item<'a>,
-    /// How often it is taken in an epoch.
+    /// How often it is taken in an epoch; what is held out, once.
     pub(super) copies: usize,
     /// Whether it is held out.
     pub(super) is_test: bool,
@@ -169,7 +169,7 @@ fn single_turn<'a>(source: &SourceRecipe, rows: &'a [Placed], pair: tree::Augmen
     }
 }
 
-/// How often each of `items` is taken, those that are held out once at most; the fraction of the weight is drawn by `seed`.
+/// How often each of `items` is taken; the fraction of the weight is drawn by `seed`, on either side alike.
 pub(super) fn draw<'a>(
     source: &SourceRecipe,
     items: &[Item<'a>],
@@ -179,9 +179,9 @@ pub(super) fn draw<'a>(
 ) -> Vec<Drawn<'a>> {
     let (test, train): (Vec<usize>, Vec<usize>) = (0..items.len()).partition(|index| is_test(&items[*index]));
     let mut copies = vec![0; items.len()];
-    for (side, weight) in [(&train, source.weight), (&test, source.weight.min(1.0))] {
-        let more = ((weight - weight.floor()) * side.len() as f64).round() as usize;
-        side.iter().for_each(|index| copies[*index] = weight.floor() as usize);
+    for side in [&train, &test] {
+        let more = (source.weight.fract() * side.len() as f64).round() as usize;
+        side.iter().for_each(|index| copies[*index] = source.weight.trunc() as usize);
         Order::new(side.len(), seed, 0).into_iter().take(more).for_each(|place| copies[side[place]] += 1);
     }
     let mut held = vec![false; items.len()];

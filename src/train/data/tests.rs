@@ -189,7 +189,7 @@ fn a_bad_row_names_its_place_and_what_was_expected() {
     for (bad, expected) in cases {
         refused(&lines(&[good.clone(), bad]), Form::Text, expected);
     }
-    refused(&lines(&[good.clone()]), Form::Pair, "rows.jsonl:1: this stage needs pairs");
+    refused(&lines(std::slice::from_ref(&good)), Form::Pair, "rows.jsonl:1: this stage needs pairs");
     refused(&lines(&[good]), Form::Answer, "rows.jsonl:1: this stage needs answers with a label");
     refused(&file("x.jsonl", b"{}\n\n{\"a\" 1}\n"), Form::Text, "x.jsonl:1: expected instruction");
     let broken = file("x.jsonl", b"\xEF\xBB\xBF{\"prompt\":\"q\",\"completion\":\"a\"}\n\n{\"a\" 1}\n");
