@@ -11,5 +11,7 @@ mod folder;
 pub mod plan;
 pub mod recipe;
 pub mod record;
+pub mod report;
 pub mod snapshot;
+pub mod start;
 pub mod trainer;

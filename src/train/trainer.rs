@@ -2,7 +2,7 @@
 
 use super::plan::Plan;
 use super::recipe::Recipe;
-use super::snapshot::Snapshot;
+use super::start::Start;
 use crate::error::{Error, Result};
 
 /// What a run tells while it goes on, and how it is told to stop. Implemented by the command line and by tests.
@@ -30,17 +30,6 @@ pub struct StepProgress {
     pub loss: f64,
     /// Tokens of the last steps for each second.
     pub tokens_per_second: f64,
-}
-
-/// How a run begins.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Start {
-    /// Reads model and data, tells the plan and ends.
-    Plan,
-    /// From the first step.
-    Fresh,
-    /// From a snapshot.
-    Resume(Snapshot),
 }
 
 /// How a run ended.
