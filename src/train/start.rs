@@ -142,7 +142,11 @@ mod tests {
 
     fn save(recipe: &Recipe, step: u64) {
         let snapshots = Snapshots::new(recipe.run.snapshots(), 9);
-        snapshots.save(step, &mut |folder| Ok(fs::write(folder.join("x"), step.to_string()).unwrap())).unwrap();
+        let mut write = |folder: &Path| {
+            fs::write(folder.join("x"), step.to_string()).unwrap();
+            Ok(())
+        };
+        snapshots.save(step, &mut write).unwrap();
     }
 
     #[track_caller]
