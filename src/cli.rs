@@ -12,6 +12,7 @@ mod score;
 mod serve;
 mod settings;
 pub mod table;
+mod train;
 
 use std::process::ExitCode;
 
@@ -45,6 +46,9 @@ enum Command {
     /// The best of n answers for a file of prompts, JSON Lines in and out
     #[command(after_help = best_of_n::ROWS)]
     BestOfN(Box<best_of_n::BestOfNArgs>),
+    /// Train a policy or a reward model as a recipe says, and go on where an earlier run of it stopped
+    #[command(after_help = train::NOTES)]
+    Train(train::TrainArgs),
     /// Download checkpoints from the hub
     Pull(pull::PullArgs),
     /// Read settings and checkpoint headers; print sizes, memory plan and every problem
@@ -64,6 +68,7 @@ pub fn run() -> ExitCode {
         Command::Chat(args) => chat::run(&args),
         Command::Score(args) => score::run(&args),
         Command::BestOfN(args) => best_of_n::run(&args),
+        Command::Train(args) => train::run(&args),
         Command::Pull(args) => pull::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Bench(command) => bench::run(&command),

@@ -5,7 +5,7 @@ mod check;
 mod load;
 mod memory;
 mod progress;
-mod signals;
+pub(crate) mod signals;
 
 use std::{net::SocketAddr, sync::Arc, thread::JoinHandle, time::Duration};
 

@@ -7,14 +7,14 @@ use tokio::signal::unix::{Signal as Stream, SignalKind, signal};
 use crate::error::{Error, Result};
 
 /// Both signals, from now on no longer deadly.
-pub(super) struct Signals {
+pub(crate) struct Signals {
     terminate: Stream,
     interrupt: Stream,
 }
 
 /// One of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Signal {
+pub(crate) enum Signal {
     /// SIGTERM: a supervisor wants us to stop.
     Terminate,
     /// SIGINT: Ctrl-C.
@@ -26,13 +26,13 @@ impl Signals {
     ///
     /// # Errors
     /// [`Error::Internal`] if the system does not allow it.
-    pub(super) fn listen() -> Result<Self> {
+    pub(crate) fn listen() -> Result<Self> {
         let open = |kind| signal(kind).map_err(Error::internal);
         Ok(Self { terminate: open(SignalKind::terminate())?, interrupt: open(SignalKind::interrupt())? })
     }
 
     /// Waits for the next one.
-    pub(super) async fn next(&mut self) -> Signal {
+    pub(crate) async fn next(&mut self) -> Signal {
         tokio::select! {
             Some(()) = self.terminate.recv() => Signal::Terminate,
             Some(()) = self.interrupt.recv() => Signal::Interrupt,
@@ -43,9 +43,14 @@ impl Signals {
 
 impl Signal {
     /// Ends the process at once, with the exit code of a process that the signal killed.
-    pub(super) fn leave(self) -> ! {
+    pub(crate) fn leave(self) -> ! {
         tracing::warn!("{self}: leaving at once");
-        std::process::exit(128 + self.number())
+        std::process::exit(self.exit_code())
+    }
+
+    /// The exit code of a process that the signal killed.
+    pub(crate) fn exit_code(self) -> i32 {
+        128 + self.number()
     }
 
     fn number(self) -> i32 {

@@ -197,6 +197,14 @@ mod tests {
     }
 
     #[test]
+    fn records_are_framed_as_tensorboard_reads_them() {
+        // masked_crc32c of tensorboard.compat.tensorflow_stub.pywrap_tensorflow.
+        assert_eq!(masked(b"123456789"), 0xc78a_b0e5);
+        let hex: String = framed(b"abc").iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, "0300000000000000b099490e6162636e57f121");
+    }
+
+    #[test]
     fn numbers_take_seven_bits_a_byte() {
         for (value, bytes) in [(0, &[0][..]), (127, &[127]), (128, &[0x80, 1]), (300, &[0xac, 2])] {
             assert_eq!(varint(value), bytes, "{value}");

@@ -47,6 +47,11 @@ impl Stage {
         }
     }
 
+    /// The stage of that name, if there is one.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|stage| stage.name() == name)
+    }
+
     /// Whether the loss compares the model with a reference.
     pub fn has_reference(self) -> bool {
         matches!(self, Self::Dpo | Self::Kto | Self::Nca)
@@ -393,7 +398,7 @@ impl Recipe {
     pub fn load_any(file: &Path, assignments: &[String]) -> Result<Self> {
         let layer = Layer::read(file)?;
         let name = layer.get("stage").and_then(|value| value.as_str());
-        let stage = Stage::ALL.into_iter().find(|stage| Some(stage.name()) == name);
+        let stage = name.and_then(Stage::named);
         let missing = || Error::invalid("stage", format!("{}: `stage` is none of {}", layer.name(), stage_names()));
         Self::load(stage.ok_or_else(missing)?, file, assignments)
     }

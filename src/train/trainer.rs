@@ -15,10 +15,12 @@ use super::learner::Learner;
 use super::optimizer::{AdamWOptions, Optimizer};
 use super::plan::Plan;
 use super::recipe::{Recipe, Stage};
-use super::record::{Kind, Record, Recorder};
+use super::record::{self, Kind, Record, Recorder};
 use super::reference::{Cache, Question, ask};
+use super::report::Report;
 use super::schedule::LearningRate;
-use super::snapshot::{Snapshot, Snapshots};
+use super::snapshot::Snapshots;
+use super::start::Start;
 use super::state::{self, Place};
 use super::step::{Objective, Pass, Tally};
 use crate::checkpoint::Checkpoint;
@@ -53,17 +55,6 @@ pub struct StepProgress {
     pub loss: f64,
     /// Tokens of the last steps for each second.
     pub tokens_per_second: f64,
-}
-
-/// How a run begins.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Start {
-    /// Reads model and data, tells the plan and ends.
-    Plan,
-    /// From the first step.
-    Fresh,
-    /// From a snapshot.
-    Resume(Snapshot),
 }
 
 /// How a run ended.
@@ -268,6 +259,7 @@ impl<'a> Run<'a> {
             }
         }
         self.save()?;
+        self.report()?;
         self.finish()?;
         Ok(Outcome::Finished { steps })
     }
@@ -352,7 +344,7 @@ impl<'a> Run<'a> {
         self.recorder.write(&Record { step: self.place.step, kind: Kind::Eval("eval".to_owned()), values })?;
         // What follows is not slow because of this.
         self.since = (Instant::now(), self.place.tokens);
-        Ok(())
+        self.report()
     }
 
     fn save(&mut self) -> Result<()> {
@@ -383,6 +375,13 @@ impl<'a> Run<'a> {
         };
         export::export(&recipe.run.model(), &parts)?;
         self.recorder.finish()
+    }
+
+    /// Draws the page of curves anew.
+    fn report(&self) -> Result<()> {
+        let records = record::read(&self.recipe.run.output)?;
+        let report = Report { recipe: self.recipe, files: &self.prepared.dataset.files, records: &records };
+        report.write(&self.recipe.run.report())
     }
 }
 

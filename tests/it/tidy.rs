@@ -3,6 +3,7 @@
 
 mod documents;
 mod layers;
+mod recipes;
 
 use std::{
     collections::BTreeMap,

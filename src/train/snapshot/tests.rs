@@ -126,23 +126,24 @@ fn a_full_disk_keeps_the_old_one_and_says_how_much_is_free() {
 
 #[test]
 fn damage_is_told_and_passed_over() {
-    let damages: [(&str, &dyn Fn(&Path)); 7] = [
-        ("its hash is another", &|folder| {
+    type Damage = (&'static str, fn(&Path));
+    let damages: [Damage; 7] = [
+        ("its hash is another", |folder| {
             let mut bytes = fs::read(folder.join("weights")).unwrap();
             bytes[77] ^= 1;
             fs::write(folder.join("weights"), bytes).unwrap();
         }),
-        ("has 4999 bytes instead of 5000", &|folder| {
+        ("has 4999 bytes instead of 5000", |folder| {
             File::options().write(true).open(folder.join("weights")).unwrap().set_len(4999).unwrap();
         }),
-        ("state/step", &|folder| fs::remove_file(folder.join("state/step")).unwrap()),
-        ("manifest.json", &|folder| fs::remove_file(folder.join(MANIFEST)).unwrap()),
-        ("manifest.json", &|folder| fs::write(folder.join(MANIFEST), "{\"format\": 1").unwrap()),
-        ("outside its folder", &|folder| {
+        ("state/step", |folder| fs::remove_file(folder.join("state/step")).unwrap()),
+        ("manifest.json", |folder| fs::remove_file(folder.join(MANIFEST)).unwrap()),
+        ("manifest.json", |folder| fs::write(folder.join(MANIFEST), "{\"format\": 1").unwrap()),
+        ("outside its folder", |folder| {
             let text = fs::read_to_string(folder.join(MANIFEST)).unwrap();
             fs::write(folder.join(MANIFEST), text.replace("\"weights\"", "\"../weights\"")).unwrap();
         }),
-        ("expected format 1, step 3", &|folder| {
+        ("expected format 1, step 3", |folder| {
             let text = fs::read_to_string(folder.join(MANIFEST)).unwrap();
             fs::write(folder.join(MANIFEST), text.replace("\"step\": 3", "\"step\": 4")).unwrap();
         }),
