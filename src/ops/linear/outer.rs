@@ -6,15 +6,15 @@ use crate::ops::parallel;
 use crate::ops::storage::Shared;
 
 /// Rows of a register tile.
-const HEIGHT: usize = 6;
+pub(super) const HEIGHT: usize = 6;
 /// Vectors in a row of a panel of B.
 const VECTORS: usize = 4;
 /// Columns of a panel of B.
-const WIDTH: usize = VECTORS * LANES;
+pub(super) const WIDTH: usize = VECTORS * LANES;
 /// Steps along k before the next tile: so much of a panel of B stays in a level-1 cache.
-const STEPS: usize = 128;
+pub(super) const STEPS: usize = 128;
 /// Rows of C that a thread takes at a time.
-const ROWS: usize = 16 * HEIGHT;
+pub(super) const ROWS: usize = 16 * HEIGHT;
 
 /// `[rows, k]` as it lies in memory.
 #[derive(Clone, Copy)]
