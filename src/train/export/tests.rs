@@ -116,9 +116,11 @@ fn policies_open_as_they_were_written_in_every_type() {
 }
 
 #[test]
-fn the_files_of_the_tokenizer_are_copied_as_they_were() {
-    let (root, _) = Case::policy("tests/fixtures/serve/mistral-window").check();
-    for name in TOKENIZER_FILES {
+fn the_files_of_the_tokenizer_are_copied_as_they_were_and_tokenizer_json_is_always_there() {
+    let (root, opened) = Case::policy("tests/fixtures/serve/mistral-window").check();
+    let converted = fs::read_to_string(root.path().join("model").join(TOKENIZER)).unwrap();
+    assert_eq!(converted, opened.tokenizer_json);
+    for name in TOKENIZER_FILES.into_iter().filter(|name| *name != TOKENIZER) {
         let original = fs::read(Path::new("tests/fixtures/serve/mistral-window").join(name)).ok();
         assert_eq!(fs::read(root.path().join("model").join(name)).ok(), original, "{name}");
     }
