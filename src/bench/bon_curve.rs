@@ -2,15 +2,15 @@
 //! Candidates are drawn once for each problem; every n is read from disjoint subsets of them, so all strategies see the same ones.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use indicatif::ProgressBar;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
-use super::countdown;
+use super::countdown::{self, Problem};
 use crate::config::{Config, Overrides};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::service::best_of_n::{AnswerRule, BestOfRequest, Strategy};
 use crate::service::generate::GenerateRequest;
 use crate::service::prompt::{Conversation, Prompt};
@@ -68,13 +68,6 @@ pub struct CurveRow {
     pub chosen: Vec<(&'static str, f64)>,
 }
 
-#[derive(Debug, Deserialize)]
-struct Problem {
-    prompt: String,
-    nums: Vec<i64>,
-    target: i64,
-}
-
 /// A candidate, reduced to what choosing and grading need.
 struct Graded {
     reward: Option<f32>,
@@ -104,7 +97,7 @@ pub fn settings(options: &Options) -> Result<Config> {
 /// # Errors
 /// A file that cannot be read, or a problem that could not be answered.
 pub async fn run(options: &Options, service: &Service) -> Result<Curve> {
-    let problems = read(&options.problems)?;
+    let problems = Problem::read(&options.problems, "--problems")?;
     let bar = ProgressBar::new(problems.len() as u64);
     let answers = problems.iter().enumerate().map(|(index, problem)| {
         let bar = bar.clone();
@@ -117,21 +110,6 @@ pub async fn run(options: &Options, service: &Service) -> Result<Curve> {
     let graded: Vec<Vec<Graded>> = stream::iter(answers).buffered(CONCURRENCY).try_collect().await?;
     bar.finish_and_clear();
     Ok(Curve { problems: graded.len(), rows: options.n.iter().map(|&n| row(n, &graded)).collect() })
-}
-
-fn read(path: &Path) -> Result<Vec<Problem>> {
-    let text = std::fs::read_to_string(path).map_err(|error| Error::file(path, error))?;
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let problems: Vec<Problem> = lines
-        .map(|(index, line)| {
-            let place = |error| Error::invalid("--problems", format!("{}:{}: {error}", path.display(), index + 1));
-            serde_json::from_str(line).map_err(place)
-        })
-        .collect::<Result<_>>()?;
-    match problems.is_empty() {
-        true => Err(Error::invalid("--problems", format!("{} holds no problem", path.display()))),
-        false => Ok(problems),
-    }
 }
 
 async fn answer(options: &Options, service: &Service, index: u64, problem: &Problem) -> Result<Vec<Graded>> {
