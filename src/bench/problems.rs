@@ -19,6 +19,9 @@ const FOUR_NUMBERS: f64 = 0.4;
 /// Draws of a step, or of a whole walk, before another way is taken.
 const TRIES_MAX: usize = 30;
 
+/// Careless ways of which the nearest to the target is taken, at most.
+const NEAR_MAX: usize = 6;
+
 /// Random numbers that depend on a seed and the number of the thing that is drawn, not on what was drawn before it.
 pub(super) struct Draws {
     seed: u64,
@@ -53,6 +56,12 @@ pub(super) struct Solved {
     pub(super) problem: Problem,
     /// Steps and answer.
     pub(super) solution: String,
+}
+
+/// A solution that misses the target by so much.
+struct WrongWay {
+    miss: u64,
+    text: String,
 }
 
 /// Where problems come from.
@@ -93,23 +102,30 @@ impl Solved {
         found.unwrap_or_else(|| self.solution.clone())
     }
 
-    /// A wrong solution with a well-formed answer, as a model writes them: a way that does not lead to the target, with slips
-    /// in its arithmetic and mostly with a last step that claims the target; or a right way and other numbers in the box.
+    /// A wrong solution with a well-formed answer, as a model writes them: a way that leads near the target at best, with
+    /// slips in its arithmetic and mostly with a last step that claims the target; or a right way and another number in the box.
     pub(super) fn wrong(&self, draws: &mut Draws) -> String {
-        for _ in 0..TRIES_MAX {
-            let text = if draws.chance(0.8) {
-                let Some(walk) = walk(draws, &self.problem.nums, Care::Careless { target: self.problem.target }) else {
-                    continue;
-                };
-                walk.text()
-            } else {
-                misnumbered(draws, &self.solution)
-            };
+        if draws.chance(0.1) {
+            let text = misnumbered(draws, &self.solution);
             if !self.is_right(&text) {
                 return text;
             }
         }
-        // A box without the other numbers is always wrong.
+        // A model that fails mostly comes near: of a few careless ways, the nearest is the likeliest.
+        let tries = 1 + draws.below(NEAR_MAX);
+        let careless = (0..tries).filter_map(|_| self.careless_way(draws));
+        careless.min_by_key(|way| way.miss).map_or_else(|| self.unfinished(), |way| way.text)
+    }
+
+    fn careless_way(&self, draws: &mut Draws) -> Option<WrongWay> {
+        let target = self.problem.target;
+        let walk = (0..TRIES_MAX).find_map(|_| walk(draws, &self.problem.nums, Care::Careless { target }))?;
+        let (value, _) = countdown::evaluate(&walk.expression)?;
+        (value != target).then(|| WrongWay { miss: value.abs_diff(target), text: walk.text() })
+    }
+
+    /// The right steps with one of the given numbers as the answer, which is always wrong.
+    fn unfinished(&self) -> String {
         let steps = self.solution.split_inclusive('\n').filter(|line| line.starts_with("Step"));
         format!("{}Answer: \\boxed{{{}}}", steps.collect::<String>(), self.problem.nums[0])
     }

@@ -106,9 +106,8 @@ pub async fn run(options: &Options, service: &Service) -> Result<Drawn> {
     let mut answered = stream::iter(answers).buffered(CONCURRENCY);
     let mut drawn = Drawn::default();
     while let Some((problem, mut draws, answers)) = answered.try_next().await? {
-        let is_right = |answer: &Answer| answer.right;
         drawn.answers += answers.len();
-        drawn.right += answers.iter().filter(|answer| is_right(answer)).count();
+        drawn.right += answers.iter().filter(|answer| answer.right).count();
         let parent = parent(&problem.prompt);
         let trajectory = [Message::user(problem.prompt)];
         for [right, wrong] in pairs(&answers, options.pairs, &mut draws) {

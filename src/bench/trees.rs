@@ -11,9 +11,7 @@ use serde::Serialize;
 use super::problems::{Draws, Solved, Source};
 use crate::error::{Error, Result};
 
-/// Turns of a tree at most, as in UltraInteract (arXiv 2404.02078, section 2).
-const TURNS_MAX: usize = 5;
-/// Probability that the first answers end a tree, and so at every turn: as for about half of UltraInteract's trees.
+/// Probability that a turn is the last: about half of UltraInteract's trees have one (arXiv 2404.02078, table 1).
 const ENDS: f64 = 0.5;
 /// Trees draw from other numbers than solutions.
 const TREES: u64 = 1 << 32;
@@ -33,6 +31,9 @@ pub struct Options {
     /// Trees, each one to five rows of trees.jsonl
     #[arg(long, default_value_t = 5_000)]
     pub trees: u64,
+    /// Turns of a tree at most
+    #[arg(long, default_value_t = 5)]
+    pub turns: usize,
     /// Problems that are never written: JSON Lines with `prompt`, `nums` and `target`
     #[arg(long, value_name = "FILE", default_value = "models/eurus-mini/heldout.jsonl")]
     pub exclude: PathBuf,
@@ -157,7 +158,7 @@ fn write_trees(options: &Options, source: &Source, path: &Path, bar: &ProgressBa
     let mut pairs = 0;
     for index in 0..options.trees {
         let mut draws = Draws::new(options.seed | TREES, index);
-        pairs += write_tree(&source.draw(&mut draws), &mut draws, &mut rows)?;
+        pairs += write_tree(&source.draw(&mut draws), options.turns, &mut draws, &mut rows)?;
         bar.inc(1);
     }
     rows.finish()?;
@@ -165,9 +166,9 @@ fn write_trees(options: &Options, source: &Source, path: &Path, bar: &ProgressBa
 }
 
 /// Writes a tree, whose wrong actions are each answered by the next turn, and returns its pairs.
-fn write_tree(solved: &Solved, draws: &mut Draws, rows: &mut Rows) -> Result<u64> {
+fn write_tree(solved: &Solved, turns: usize, draws: &mut Draws, rows: &mut Rows) -> Result<u64> {
     let mut depth = 1;
-    while depth < TURNS_MAX && !draws.chance(ENDS) {
+    while depth < turns && !draws.chance(ENDS) {
         depth += 1;
     }
     let parent = parent(&solved.problem.prompt);
@@ -203,6 +204,7 @@ mod tests {
             seed: 4,
             solutions: 20,
             trees: 40,
+            turns: 5,
             exclude: exclude.clone(),
         };
         let written = run(&options("a")).unwrap();
@@ -218,7 +220,7 @@ mod tests {
         for pair in &pairs {
             let mut parts = pair["id"].as_str().unwrap().rsplitn(3, '_').map(|part| part.parse::<usize>().ok());
             let (turn, depth) = (parts.next().unwrap().unwrap(), parts.next().unwrap().unwrap());
-            assert!(turn <= depth && depth <= TURNS_MAX);
+            assert!(turn <= depth && depth <= 5);
             let trajectory = pair["trajectory"].as_array().unwrap();
             assert_eq!(trajectory.len(), 2 * turn - 1);
             assert_eq!(trajectory.last().unwrap()["from"], "user");
