@@ -11,6 +11,7 @@ use crate::model::Model;
 use crate::model::config::HeadKind;
 use crate::model::tape::Keep;
 use crate::ops::parallel;
+use crate::ops::parameter::Precision;
 use crate::train::example::{Example, Text};
 use crate::train::learner::Learner;
 use crate::train::optimizer::{AdamWOptions, Optimizer};
@@ -37,6 +38,9 @@ pub struct Options {
     /// Compute activations again in the backward pass
     #[arg(long)]
     pub recompute: bool,
+    /// Round the operands of matrix products to bf16
+    #[arg(long)]
+    pub bf16: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -77,6 +81,7 @@ pub fn run(options: &Options, mut model: Model) -> Result<Report> {
         return Err(Error::invalid("--length", format!("{} is more than the model's {most}", options.length)));
     }
     model.train()?;
+    model.compute_in(if options.bf16 { Precision::Bf16 } else { Precision::F32 });
     let keep = if options.recompute { Keep::Inputs } else { Keep::Everything };
     let device = model.decoder.embedding().value().device().clone();
     let learner = Learner { model, keep, device };

@@ -9,7 +9,7 @@ use super::heads::Head;
 use crate::error::Result;
 use crate::ops::linear::Linear;
 use crate::ops::linear::adapter::Adapter;
-use crate::ops::parameter::Parameter;
+use crate::ops::parameter::{Parameter, Precision};
 
 /// A tensor of the checkpoint that is part of a parameter.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,6 +92,16 @@ impl Model {
                 Ok(())
             }
         }
+    }
+
+    /// Computes the products of all linear layers in `precision`; norms, rotations, attention and sums stay float32.
+    pub fn compute_in(&mut self, precision: Precision) {
+        let set = |linear: &mut Linear| {
+            let weight = linear.weight_mut();
+            *weight = weight.clone().computed_in(precision);
+        };
+        self.decoder.layers.iter_mut().flat_map(Layer::each_mut).for_each(set);
+        set(self.head.linear_mut());
     }
 
     /// Makes the weight of a head that is no embedding a trained one.

@@ -578,6 +578,15 @@ mod tests {
         assert_eq!(rendered(source, &["q"], Ending::Prompt).unwrap(), "a\n  b c\n  d\ne\n");
         let template = ChatTemplate::from_source("t", source).unwrap();
         let marked = template.render_marked(&turns(&["q"]), &tokenizer(), &RenderOptions::new(Ending::Prompt)).unwrap();
-        assert_eq!((marked.rendered.text.as_str(), marked.generated), ("a\n  b c\n  d\ne\n", vec![5..10]));
+        assert_eq!(
+            (marked.rendered.text.as_str(), marked.generated.as_slice()),
+            ("a\n  b c\n  d\ne\n", std::slice::from_ref(&(5..10)))
+        );
+        let template = ChatTemplate::from_source("t", "a {%- generation -%} b {%- endgeneration -%} c").unwrap();
+        let marked = template.render_marked(&turns(&["q"]), &tokenizer(), &RenderOptions::new(Ending::Prompt)).unwrap();
+        assert_eq!(
+            (marked.rendered.text.as_str(), marked.generated.as_slice()),
+            ("abc", std::slice::from_ref(&(1..2)))
+        );
     }
 }

@@ -1,6 +1,8 @@
 //! A trained model as a Hugging Face folder that `eurus serve` and transformers load.
 //! Owns which files there are and what they say; the tensors are the trainer's, the tokenizer is copied as it was.
 
+mod adapter;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
@@ -15,6 +17,8 @@ use crate::checkpoint::{CONFIG, Checkpoint, GENERATION_CONFIG, INDEX, SINGLE, TO
 use crate::error::{Error, Result};
 use crate::model::config::{HeadKind, ModelConfig};
 use crate::model::weights::WeightProblems;
+
+pub use adapter::{Adapter, export_adapter};
 
 const TEMPLATE: &str = "chat_template.jinja";
 const README: &str = "README.md";

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use super::data::{Encoder, TextEnd};
-use super::recipe::{Init, LoraRecipe, Recipe, Stage};
+use super::recipe::{ComputeDtype, Init, LoraRecipe, Recipe, Stage};
 use crate::checkpoint::{self, Checkpoint, HubOptions, Progress, Source};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -14,7 +14,7 @@ use crate::model::config::{HeadKind, ModelConfig};
 use crate::model::parameters::LowRank;
 use crate::model::random::{Normal, random_tensors};
 use crate::model::weights::Weights;
-use crate::ops::parameter::Parameter;
+use crate::ops::parameter::{Parameter, Precision};
 use crate::ops::sample::uniform;
 use crate::text::ChatTemplate;
 
@@ -103,6 +103,10 @@ pub fn trained(
             }
         }
     }
+    model.compute_in(match recipe.run.compute_dtype {
+        ComputeDtype::F32 => Precision::F32,
+        ComputeDtype::Bf16 => Precision::Bf16,
+    });
     Ok(model)
 }
 

@@ -183,7 +183,8 @@ mod tests {
         let d = 1e-5;
         let slope = |f: &dyn Fn(f64) -> f64, at: f64| (f(at + d) - f(at - d)) / (2.0 * d);
         for (c, r) in [(0.3, -1.2), (5.0, 8.0), (-20.0, 1.0), (0.0, 0.0)] {
-            let pairs: [(&str, &dyn Fn(f64, f64) -> PairLoss); 5] = [
+            type Loss<'a> = &'a dyn Fn(f64, f64) -> PairLoss;
+            let pairs: [(&str, Loss<'_>); 5] = [
                 ("dpo", &|c, r| dpo(likelihood(c), likelihood(r), 0.1, 0.0)),
                 ("cdpo", &|c, r| dpo(likelihood(c), likelihood(r), 0.3, 0.1)),
                 ("nca", &|c, r| nca(likelihood(c), likelihood(r), 0.1)),

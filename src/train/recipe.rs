@@ -308,6 +308,11 @@ impl RunRecipe {
         self.output.join("model")
     }
 
+    /// Folder of the adapters alone, in PEFT's layout; the checkpoint in [`RunRecipe::model`] has them merged.
+    pub fn adapter(&self) -> PathBuf {
+        self.output.join("adapter")
+    }
+
     /// The page with curves.
     pub fn report(&self) -> PathBuf {
         self.output.join("report.html")

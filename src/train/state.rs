@@ -102,3 +102,13 @@ pub fn tensors(model: &crate::model::Model) -> Result<HashMap<String, Tensor>> {
     }
     Ok(all)
 }
+
+/// The matrices of all corrections, and a reward head that is trained beside them, by the names that PEFT gives them.
+pub fn adapters(model: &crate::model::Model) -> HashMap<String, Tensor> {
+    let trained = model.parameters().into_iter().filter(|named| named.parameter.gradient().is_some());
+    let named = trained.filter_map(|named| {
+        let name = &named.parts.first()?.name;
+        Some((format!("base_model.model.{name}"), named.parameter.value().clone()))
+    });
+    named.collect()
+}

@@ -9,7 +9,7 @@ use super::card::Card;
 use super::course::{Course, Lessons};
 use super::data::{self, Dataset, Form};
 use super::example::{Example, Text};
-use super::export::{self, Export};
+use super::export::{self, Adapter, Export};
 use super::initial;
 use super::learner::Learner;
 use super::optimizer::{AdamWOptions, Optimizer};
@@ -356,11 +356,17 @@ impl<'a> Run<'a> {
     /// Writes the model.
     fn finish(mut self) -> Result<()> {
         let (recipe, checkpoint) = (self.recipe, &self.prepared.checkpoint);
-        let model = &mut self.prepared.learner.model;
-        model.merge()?;
         let metrics: Vec<(String, f64)> =
             self.evaluated.iter().map(|(name, value)| (format!("eval/{name}"), *value)).collect();
         let card = Card { recipe, files: &self.prepared.dataset.files, steps: self.place.step, metrics: &metrics };
+        let model = &mut self.prepared.learner.model;
+        if let Some(lora) = &recipe.lora {
+            let tensors = state::adapters(model);
+            let (base, head) = (&checkpoint.name, model.config.head);
+            let adapter = Adapter { base, head, lora, tensors: &tensors, card: &card };
+            export::export_adapter(&recipe.run.adapter(), &adapter)?;
+        }
+        model.merge()?;
         let template = recipe.model.chat_template.as_ref().map(std::fs::read_to_string).transpose();
         let template = template.map_err(|error| Error::invalid("model.chat_template", error.to_string()))?;
         let parts = Export {

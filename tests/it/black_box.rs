@@ -310,3 +310,24 @@ fn what_the_caller_can_mend_exits_with_two() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     refused(&["serve", "--port", &taken.local_addr().unwrap().port().to_string()], "cannot listen on 127.0.0.1");
 }
+
+#[test]
+fn the_training_example_writes_a_model_that_is_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/train.sh");
+    let run = Command::new("bash")
+        .arg(script)
+        .arg(&output)
+        .env("EURUS", env!("CARGO_BIN_EXE_eurus"))
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let last: Value = serde_json::from_slice(&run.stdout).unwrap();
+    assert!(last["rewards/margins"].as_f64().unwrap() > 0.0, "{last}");
+    let model = output.join("model").display().to_string();
+    let server = Server::start(&[("EURUS_MODEL", model.as_str())]);
+    let models: Value = serde_json::from_str(&shell(&server, &["-c", "curl -sS \"$EURUS_URL/v1/models\""])).unwrap();
+    assert_eq!(models["data"][0]["id"], "model");
+}

@@ -170,3 +170,30 @@ fn the_key_of_a_client_is_read_by_the_client_and_is_no_setting() {
     let checked = eurus(&["check"]).env("EURUS_API_KEY", "sesame").output().unwrap();
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
 }
+
+#[test]
+fn a_recipe_is_shown_resolved_and_a_wrong_one_is_refused_by_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = concat!(env!("CARGO_MANIFEST_DIR"), "/training/recipes/mini-dpo.toml");
+    let shown = |config: &str, more: &[&str]| {
+        let arguments = ["train", "dpo", "--config", config, "--print-config"];
+        let (code, output, log) = run(&[&arguments[..], more].concat(), "");
+        assert_eq!(code, Some(0), "{log}");
+        output
+    };
+    let first = shown(recipe, &["--set", "objective.beta=0.25"]);
+    assert!(first.contains("beta = 0.25\n") && first.contains("[[data.source]]\n"), "{first}");
+    // What is shown is a recipe, too, and shows itself.
+    let path = folder.path().join("resolved.toml");
+    fs::write(&path, &first).unwrap();
+    assert_eq!(shown(path.to_str().unwrap(), &[]), first);
+    for (arguments, part) in [
+        (["dpo", "--set", "objective.bta=1"], "did you mean `objective.beta`?"),
+        (["dpo", "--set", "objective.centre=1"], "is a key of reward"),
+        (["sft", "--set", "run.seed=1"], "the command is `eurus train sft`"),
+    ] {
+        let (code, output, log) = run(&[&["train", "--config", recipe][..], &arguments].concat(), "");
+        assert_eq!((code, output.as_str()), (Some(2), ""), "{log}");
+        assert!(log.contains(part), "{log}");
+    }
+}

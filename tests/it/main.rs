@@ -12,3 +12,4 @@ mod simulation;
 mod tidy;
 mod tokenizer;
 mod training;
+mod training_runs;

@@ -247,6 +247,30 @@ fn check_rewards(name: &str, folder: &Path, model: Model) {
     assert!(worst < 1e-4, "{name}: rewards differ by {worst} of themselves");
 }
 
+/// The log-probability of each token of `texts` but the first, or under a reward model the one reward of each, as a server's
+/// step over a cache in scattered blocks gives them.
+pub(crate) fn served(model: Model, texts: &[Vec<TokenId>]) -> Vec<Vec<f32>> {
+    let blocks_each = texts.iter().map(Vec::len).max().unwrap().div_ceil(8);
+    let kind = model.config.head;
+    let mut runner = runner(model, texts.len() * blocks_each, 8);
+    let chunk = |(index, text): (usize, &Vec<TokenId>)| {
+        let track = Track::new(index, texts.len(), text, blocks_each);
+        match kind {
+            HeadKind::Reward => track.chunk(0, text.len(), Rows::Nothing, Want::Score),
+            HeadKind::Language => {
+                let rows = Rows::LogProbs { targets: text[1..].to_vec(), top: 0 };
+                track.chunk(0, text.len(), rows, greedy(text.len()))
+            }
+        }
+    };
+    let outcomes = execute(&mut runner, texts.iter().enumerate().map(chunk).collect());
+    let numbers = |outcome: Outcome| match outcome.last {
+        Last::Score(reward) => vec![reward],
+        _ => outcome.logprobs.iter().map(|entry| entry.logprob).collect(),
+    };
+    outcomes.into_iter().map(numbers).collect()
+}
+
 /// Attention of whole sequences without a cache.
 struct Packed {
     starts: Vec<usize>,

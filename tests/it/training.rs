@@ -15,7 +15,7 @@ use eurus::train::optimizer::{AdamWOptions, Optimizer};
 use eurus::train::step::{Batch, Objective, Pass, Tally, mismatched, read};
 use serde_json::Value;
 
-use crate::parity::load;
+use crate::parity::{load, served};
 
 /// Bounds on what another implementation in float32 may give.
 const LOSS_DIFFERENCE_MAX: f64 = 1e-5;
@@ -316,14 +316,33 @@ fn read_loss(learner: &Learner, examples: &[Example]) -> f64 {
     Objective::Sft.step(learner, &batch, EVERYTHING, Pass::Read).unwrap().get("loss").unwrap()
 }
 
-/// A longer course of the same numbers: what a text is packed with, and on how many threads, changes no bit of its readings.
+/// What a text is packed with changes no bit of its reading, and a server would give the same.
 #[test]
-fn readings_have_the_same_bits_in_every_pack() {
-    let (policy, examples) = (learner("policy", Keep::Inputs), sft());
-    let texts: Vec<&Text> = examples.iter().flat_map(|example| example.texts()).collect();
-    let all = policy.read(&Packed::new(&texts)).unwrap();
-    for (text, expected) in texts.iter().zip(&all) {
-        let alone = policy.read(&Packed::new(&[text])).unwrap();
-        assert_eq!(alone[0].value.to_bits(), expected.value.to_bits());
+fn readings_have_the_bits_of_serving_in_every_pack() {
+    for (name, folder) in [("policy", folder()), ("rm", folder()), ("mistral-window", served_fixtures())] {
+        let model = load(&folder.join(name)).unwrap();
+        let vocab = model.config.vocab as u32;
+        let text = |number: u32| {
+            let len = 3 + 7 * number;
+            let tokens = (0..len).map(|place| (place * 7919 + number * 104_729 + 3) % vocab).collect();
+            Text { tokens, targets: (0..len).map(|place| place > 0).collect() }
+        };
+        let texts: Vec<Text> = (0..9).map(text).collect();
+        let served = served(model, &texts.iter().map(|text| text.tokens.clone()).collect::<Vec<_>>());
+        let model = load(&folder.join(name)).unwrap();
+        let mut learner = Learner { model, keep: Keep::Inputs, device: Device::Cpu };
+        learner.model.train().unwrap();
+        let together = learner.read(&Packed::new(&texts.iter().collect::<Vec<_>>())).unwrap();
+        for ((text, served), reading) in texts.iter().zip(&served).zip(&together) {
+            let expected: f64 = served.iter().map(|number| f64::from(*number)).sum();
+            let what = format!("{name}, {} tokens", text.tokens.len());
+            assert_eq!(reading.value.to_bits(), expected.to_bits(), "{what}: {} and {expected}", reading.value);
+            let alone = learner.learn(&Packed::new(&[text]), |_| vec![1.0]).unwrap();
+            assert_eq!(alone[0].value.to_bits(), expected.to_bits(), "{what} alone");
+        }
     }
+}
+
+fn served_fixtures() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/serve")
 }

@@ -46,7 +46,7 @@ impl Adapter {
     /// # Errors
     /// If a tensor operation fails.
     pub fn merged(&self, weight: &Tensor) -> Result<Tensor> {
-        let delta = product(self.b.value(), &self.a.value().t()?.contiguous()?)?;
+        let delta = product(self.b.value(), &self.a.value().t()?.contiguous()?.into())?;
         let rows = weight.narrow(0, self.outputs.start, self.outputs.len())?.to_dtype(delta.dtype())?;
         let rows = (rows + (delta * f64::from(self.scale))?)?.to_dtype(weight.dtype())?;
         Ok(weight.slice_assign(&[self.outputs.clone(), 0..weight.dim(1)?], &rows)?)
@@ -54,7 +54,7 @@ impl Adapter {
 
     /// The outputs `y` `[T, out]` with the correction for `x` `[T, in]`; `y` itself is changed.
     pub(super) fn add_to(&self, y: Tensor, x: &Tensor) -> Result<Tensor> {
-        let correction = product(&product(x, self.a.value())?, self.b.value())?;
+        let correction = product(&product(x, &self.a)?, &self.b)?;
         add_to_columns(&y, &correction, self.outputs.start, self.scale)?;
         Ok(y)
     }
@@ -62,7 +62,7 @@ impl Adapter {
     /// `dx` `[T, in]` with this correction's part of the gradient of the input; `dx` itself is changed.
     pub(super) fn backward(&self, dx: Tensor, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
         let dy = (dy.narrow(1, self.outputs.start, self.outputs.len())? * f64::from(self.scale))?.contiguous()?;
-        let low = product(x, self.a.value())?;
+        let low = product(x, &self.a)?;
         let d_low = gradient::backward(&low, &self.b, &dy)?;
         add_to(&dx, &gradient::backward(x, &self.a, &d_low)?)?;
         Ok(dx)

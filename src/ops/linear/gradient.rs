@@ -1,24 +1,29 @@
 //! The gradients of a linear layer: dx = dy W and dW += dy^T x.
 
+use super::brain::{self, Right};
 use super::outer::{Left, Sizes, add_product};
 use crate::error::Result;
 use crate::ops::lanes::Body;
-use crate::ops::parameter::Parameter;
+use crate::ops::parameter::{Parameter, Precision};
 use crate::ops::storage::{Weights, slice, slice_mut};
-use candle_core::{CpuStorage, CustomOp2, InplaceOp3, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, DType, InplaceOp3, Layout, Shape, Tensor};
 
 /// dx `[T, in]` from `x` `[T, in]` and `dy` `[T, out]`, both contiguous; dW is added to the gradient of a trained weight.
 pub(super) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor) -> Result<Tensor> {
-    let body = Body::best();
+    let (body, precision) = (Body::best(), weight.precision());
     if let Some(gradient) = weight.gradient() {
-        gradient.inplace_op3(dy, x, &OfWeight { body })?;
+        gradient.inplace_op3(dy, x, &OfWeight { body, precision })?;
     }
-    Ok(dy.apply_op2_no_bwd(weight.value(), &OfInput { body })?)
+    Ok(match precision {
+        Precision::F32 => dy.apply_op2_no_bwd(weight.value(), &OfInput { body, precision })?,
+        Precision::Bf16 => dy.apply_op2_no_bwd(&weight.value().to_dtype(DType::F32)?, &OfInput { body, precision })?,
+    })
 }
 
 /// `dy` `[T, out]`, `weight` `[out, in]` to dx `[T, in]`.
 struct OfInput {
     body: Body,
+    precision: Precision,
 }
 
 impl CustomOp2 for OfInput {
@@ -42,6 +47,9 @@ impl CustomOp2 for OfInput {
         let mut dx = vec![0.0; rows * columns];
         let sizes = Sizes { rows, columns, k };
         match Weights::new(self.name(), weight, weight_layout)? {
+            Weights::F32(weight) if self.precision == Precision::Bf16 => {
+                brain::add_product(self.body, &mut dx, dy, Right::Rows(weight), sizes);
+            }
             Weights::F32(weight) => add_product(self.body, &mut dx, dy, weight, sizes),
             Weights::Bf16(weight) => add_product(self.body, &mut dx, dy, weight, sizes),
             Weights::F16(weight) => add_product(self.body, &mut dx, dy, weight, sizes),
@@ -53,6 +61,7 @@ impl CustomOp2 for OfInput {
 /// dW `[out, in]` += dy^T x for `dy` `[T, out]` and `x` `[T, in]`.
 struct OfWeight {
     body: Body,
+    precision: Precision,
 }
 
 impl InplaceOp3 for OfWeight {
@@ -78,7 +87,11 @@ impl InplaceOp3 for OfWeight {
         let dy = Left::Columns(slice(self.name(), dy, dy_layout)?);
         let x: &[f32] = slice(self.name(), x, x_layout)?;
         let gradient = slice_mut(self.name(), gradient, layout)?;
-        add_product(self.body, gradient, dy, x, Sizes { rows, columns, k });
+        let sizes = Sizes { rows, columns, k };
+        match self.precision {
+            Precision::F32 => add_product(self.body, gradient, dy, x, sizes),
+            Precision::Bf16 => brain::add_product(self.body, gradient, dy, Right::Rows(x), sizes),
+        }
         Ok(())
     }
 }

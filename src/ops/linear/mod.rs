@@ -2,18 +2,21 @@
 //! Sums over k run in 16 lanes (k mod 16), each a chain of fused multiply-adds in order of k, folded by one fixed tree.
 
 use super::lanes::Body;
-use super::parameter::Parameter;
+use super::parameter::{Parameter, Precision};
 use super::storage::{Weights, slice};
 use crate::error::{Error, Result};
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor};
 
 pub mod adapter;
+mod brain;
 mod dot;
 mod gradient;
 mod outer;
 mod panels;
 
 use adapter::Adapter;
+use brain::Right;
+use outer::{Left, Sizes};
 
 /// A linear layer without bias.
 #[derive(Debug, Clone)]
@@ -39,9 +42,9 @@ impl Linear {
     /// `x` `[T, in]` f32 to `[T, out]` f32. The bits of a row depend on that row and the weights only.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(weight) => product(x, weight.value()),
+            Self::Dense(weight) => product(x, weight),
             Self::Adapted(weight, adapters) => {
-                let y = product(x, weight.value())?;
+                let y = product(x, weight)?;
                 adapters.iter().try_fold(y, |y, adapter| adapter.add_to(y, x))
             }
         }
@@ -77,8 +80,41 @@ impl Linear {
 }
 
 /// `x` `[T, in]` f32 and `weight` `[out, in]` to `[T, out]`.
-fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    Ok(x.apply_op2_no_bwd(weight, &Product { body: Body::best() })?)
+fn product(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
+    let body = Body::best();
+    Ok(match weight.precision() {
+        Precision::F32 => x.apply_op2_no_bwd(weight.value(), &Product { body })?,
+        Precision::Bf16 => x.apply_op2_no_bwd(&weight.value().to_dtype(DType::F32)?, &Rounded { body })?,
+    })
+}
+
+/// As [`Product`] of an f32 weight, the operands rounded to bf16.
+struct Rounded {
+    body: Body,
+}
+
+impl CustomOp2 for Rounded {
+    fn name(&self) -> &'static str {
+        "linear in bf16"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let ((rows, k), (columns, weight_k)) = (x_layout.shape().dims2()?, weight_layout.shape().dims2()?);
+        if k != weight_k {
+            candle_core::bail!("{}: the input has {k} features, the weight takes {weight_k}", self.name());
+        }
+        let x = Left::Rows(slice(self.name(), x, x_layout)?);
+        let weight = Right::Columns(slice(self.name(), weight, weight_layout)?);
+        let mut y = vec![0.0; rows * columns];
+        brain::add_product(self.body, &mut y, x, weight, Sizes { rows, columns, k });
+        Ok((CpuStorage::F32(y), Shape::from((rows, columns))))
+    }
 }
 
 /// `x` `[T, in]`, `weight` `[out, in]` to `[T, out]`.

@@ -6,15 +6,15 @@ use crate::ops::parallel;
 use crate::ops::storage::Shared;
 
 /// Rows of a register tile.
-const HEIGHT: usize = 6;
+pub(super) const HEIGHT: usize = 6;
 /// Vectors in a row of a panel of B.
 const VECTORS: usize = 4;
 /// Columns of a panel of B.
-const WIDTH: usize = VECTORS * LANES;
+pub(super) const WIDTH: usize = VECTORS * LANES;
 /// Steps along k before the next tile: so much of a panel of B stays in a level-1 cache.
-const STEPS: usize = 128;
+pub(super) const STEPS: usize = 128;
 /// Rows of C that a thread takes at a time.
-const ROWS: usize = 16 * HEIGHT;
+pub(super) const ROWS: usize = 16 * HEIGHT;
 
 /// `[rows, k]` as it lies in memory.
 #[derive(Clone, Copy)]
@@ -71,6 +71,12 @@ fn tile(a: Left<'_>, Sizes { rows, k, .. }: Sizes, first: usize, out: &mut [f32]
         Left::Rows(a) => {
             for (r, row) in a[first * k..][..out.len()].chunks_exact(k).enumerate() {
                 out.iter_mut().skip(r).step_by(height).zip(row).for_each(|(out, x)| *out = *x);
+            }
+        }
+        // Whole tiles by a move of known size.
+        Left::Columns(a) if height == HEIGHT => {
+            for (out, step) in out.as_chunks_mut::<HEIGHT>().0.iter_mut().zip(a.chunks_exact(rows)) {
+                out.copy_from_slice(&step[first..first + HEIGHT]);
             }
         }
         Left::Columns(a) => {
@@ -144,24 +150,33 @@ impl Piece<'_> {
     /// R rows from `row` on, some steps of their sums.
     fn tile<const R: usize>(&self, row: usize, left: &[[f32; R]], right: &[[f32; WIDTH]]) {
         let width = WIDTH.min(self.sizes.columns - self.column);
-        let mut sums = [[0.0; WIDTH]; R];
-        let rows = (row..row + R).map(|row| row * self.sizes.columns + self.column);
-        for (sums, start) in sums.iter_mut().zip(rows.clone()) {
-            // SAFETY: rows and panels belong to one index of the loop in `add_product` each, so no other thread has this part.
+        let mut sums: [&mut [f32]; R] = std::array::from_fn(|r| {
+            let start = (row + r) * self.sizes.columns + self.column;
+            // SAFETY: rows and panels belong to one index of the loop in `add_product` each, so no other thread has this part,
+            // and the rows of a tile do not overlap.
             #[allow(unsafe_code)]
             let c = unsafe { self.c.part(start, width) };
-            sums[..width].copy_from_slice(c);
+            c
+        });
+        if width == WIDTH {
+            return self.advance(left, right, sums);
         }
+        // A panel that is not full: its sums rest in full rows meanwhile.
+        let mut full = [[0.0; WIDTH]; R];
+        for (full, sums) in full.iter_mut().zip(&sums) {
+            full[..width].copy_from_slice(sums);
+        }
+        self.advance(left, right, full.each_mut().map(|row| &mut row[..]));
+        for (full, sums) in full.iter().zip(&mut sums) {
+            sums.copy_from_slice(&full[..width]);
+        }
+    }
+
+    fn advance<const R: usize>(&self, left: &[[f32; R]], right: &[[f32; WIDTH]], sums: [&mut [f32]; R]) {
         if self.body.is_wide() {
-            self.body.run(Advance::<R, VECTORS> { left, right, sums: &mut sums });
+            self.body.run(Advance::<R, VECTORS> { left, right, sums });
         } else {
-            self.body.run(Advance::<R, 1> { left, right, sums: &mut sums });
-        }
-        for (sums, start) in sums.iter().zip(rows) {
-            // SAFETY: as above.
-            #[allow(unsafe_code)]
-            let c = unsafe { self.c.part(start, width) };
-            c.copy_from_slice(&sums[..width]);
+            self.body.run(Advance::<R, 1> { left, right, sums });
         }
     }
 }
@@ -170,14 +185,15 @@ impl Piece<'_> {
 struct Advance<'a, const R: usize, const C: usize> {
     left: &'a [[f32; R]],
     right: &'a [[f32; WIDTH]],
-    sums: &'a mut [[f32; WIDTH]; R],
+    /// WIDTH each.
+    sums: [&'a mut [f32]; R],
 }
 
 impl<const R: usize, const C: usize> Kernel for Advance<'_, R, C> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    fn run<I: Isa>(mut self, isa: I) {
         for first in (0..VECTORS).step_by(C) {
             let mut sums = [[isa.splat(0.0); C]; R];
             for (sums, kept) in sums.iter_mut().zip(self.sums.iter()) {

@@ -140,3 +140,33 @@ impl Swapped {
         original + (at - swapped)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::text::tokenizer::SpecialTokens;
+
+    #[test]
+    fn tokens_tile_the_text_they_stand_for() {
+        let json = include_str!("../../../models/eurus-mini/policy/tokenizer.json");
+        let special = SpecialTokens { bos: Some("<s>".to_owned()), eos: Some("</s>".to_owned()), ..Default::default() };
+        let tokenizer = Tokenizer::from_json(json, &special).unwrap();
+        let text = "<s>12 <s></s>3</s><s>+4</s>";
+        for as_text in [vec![], vec![6..9, 9..13], vec![9..13, 14..18], vec![0..3, 23..27]] {
+            let rendered = Rendered { text: text.to_owned(), as_text };
+            let located = tokenizer.locate_rendered(&rendered).unwrap();
+            let ids: Vec<u32> = located.iter().map(|token| token.id).collect();
+            assert_eq!(ids, tokenizer.encode_rendered(&rendered).unwrap());
+            let mut end = 0;
+            for token in located {
+                assert_eq!(
+                    (token.bytes.start, &text[token.bytes.clone()]),
+                    (end, &*tokenizer.token_text(token.id).unwrap())
+                );
+                end = token.bytes.end;
+            }
+            assert_eq!(end, text.len(), "{:?}", rendered.as_text);
+        }
+    }
+}

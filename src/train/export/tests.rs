@@ -212,3 +212,33 @@ fn the_card_tells_where_the_model_comes_from() {
     let card = fs::read_to_string(root.path().join("model").join(README)).unwrap();
     assert!(card.contains("text-classification") && card.contains("--reward-model ."), "{card}");
 }
+
+#[test]
+fn adapters_are_written_as_peft_has_them() {
+    let root = tempfile::tempdir().unwrap();
+    let mut recipe = recipe(Stage::Sft);
+    let lora = crate::train::recipe::LoraRecipe { rank: 4, alpha: 8.0, ..Default::default() };
+    recipe.lora = Some(lora.clone());
+    let name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
+    let tensors = HashMap::from([(name.to_owned(), Tensor::randn(0f32, 1.0, (4, 64), &Device::Cpu).unwrap())]);
+    let card = Card { recipe: &recipe, files: &[], steps: 3, metrics: &[] };
+    let adapter = Adapter { base: "org/name", head: HeadKind::Language, lora: &lora, tensors: &tensors, card: &card };
+    let folder = root.path().join("adapter");
+    export_adapter(&folder, &adapter).unwrap();
+    assert_eq!(folder::names(&folder).unwrap(), [README, "adapter_config.json", "adapter_model.safetensors"]);
+    let config: Value = serde_json::from_slice(&fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();
+    for (key, value) in [
+        ("peft_type", json!("LORA")),
+        ("task_type", json!("CAUSAL_LM")),
+        ("r", json!(4)),
+        ("lora_alpha", json!(8)),
+        ("target_modules", json!(crate::train::recipe::LORA_TARGETS)),
+        ("use_rslora", json!(false)),
+        ("bias", json!("none")),
+    ] {
+        assert_eq!(config[key], value, "{key}");
+    }
+    let read = candle_core::safetensors::load(folder.join("adapter_model.safetensors"), &Device::Cpu).unwrap();
+    let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert!(read.len() == 1 && values(&read[name]) == values(&tensors[name]));
+}
