@@ -20,13 +20,15 @@ curve() { # name, then flags of bon-curve
 }
 
 [ -f runs/mini-data/trees.jsonl ] || "$eurus" bench make-trees runs/mini-data --seed 1 --solutions 300000 --trees 2000
-[ -f runs/mini-single/trees.jsonl ] || "$eurus" bench make-trees runs/mini-single --seed 2 --solutions 0 --trees 50000 --turns 1
+[ -f runs/mini-single/trees.jsonl ] || "$eurus" bench make-trees runs/mini-single --seed 2 --solutions 0 --trees 60000 --turns 1
 [ -n "${POLICY:-}" ] || train sft mini-sft
-[ -f runs/mini-pairs.jsonl ] || "$eurus" bench sample-pairs --model "$policy" --seed 2 --problems 10000 --samples 12 --pairs 6 --out runs/mini-pairs.jsonl
-for model in reward reward-bt reward-dr; do
+[ -f runs/mini-pairs.jsonl ] || "$eurus" bench sample-pairs --model "$policy" --seed 2 --problems 3000 --samples 12 --pairs 6 --out runs/mini-pairs.jsonl
+for model in reward-first reward-bt reward-dr; do
     train reward "mini-$model" --set "model.from=$policy"
     curve "mini-$model" --model "$policy" --reward-model "runs/mini-$model/model"
 done
+train reward mini-reward
+curve mini-reward --model "$policy" --reward-model runs/mini-reward/model
 for stage in dpo kto nca; do
     train "$stage" "mini-$stage" --set "model.from=$policy"
     curve "mini-$stage" --model "runs/mini-$stage/model" --reward-model runs/mini-reward/model
