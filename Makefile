@@ -1,5 +1,5 @@
 # Names commands, holds no logic. `make` lists them.
-.PHONY: help build test ci clients serve health fmt lint doc bench bon-curve image
+.PHONY: help build test ci clients serve health fmt lint doc bench bon-curve mini image
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,5 +26,8 @@ bench: ## micro-benchmarks of the operations
 	cargo bench
 bon-curve: ## accuracy of best-of-n on the held-out problems of eurus-mini
 	cargo run --release -- bench bon-curve
+mini: ## the miniature study: trees, policy, reward models, preference learning, best-of-n; hours
+	cargo build --release
+	training/mini.sh
 image: ## container image for CPUs
 	docker build -t eurus .

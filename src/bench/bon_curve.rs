@@ -2,15 +2,15 @@
 //! Candidates are drawn once for each problem; every n is read from disjoint subsets of them, so all strategies see the same ones.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use indicatif::ProgressBar;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
-use super::countdown;
+use super::countdown::{self, Problem};
 use crate::config::{Config, Overrides};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::service::best_of_n::{AnswerRule, BestOfRequest, Strategy};
 use crate::service::generate::GenerateRequest;
 use crate::service::prompt::{Conversation, Prompt};
@@ -43,6 +43,9 @@ pub struct Options {
     /// Seed of the first candidate of the first problem
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// How often candidates are drawn anew; figures are means, with the standard deviation between draws
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
+    pub repeats: u64,
     /// Also write the figures to this file, as JSON
     #[arg(long)]
     pub json: Option<PathBuf>,
@@ -53,6 +56,8 @@ pub struct Options {
 pub struct Curve {
     /// Problems tried.
     pub problems: usize,
+    /// How often candidates were drawn.
+    pub repeats: u64,
     /// One row for each n.
     pub rows: Vec<CurveRow>,
 }
@@ -63,16 +68,27 @@ pub struct CurveRow {
     /// Candidates to choose from.
     pub n: usize,
     /// Solved if any candidate is right (pass@n).
-    pub oracle: f64,
+    pub oracle: Share,
     /// Solved by the chosen candidate, by strategy.
-    pub chosen: Vec<(&'static str, f64)>,
+    pub chosen: Vec<(&'static str, Share)>,
 }
 
-#[derive(Debug, Deserialize)]
-struct Problem {
-    prompt: String,
-    nums: Vec<i64>,
-    target: i64,
+/// A share in percent, over all draws.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Share {
+    /// Mean.
+    pub mean: f64,
+    /// Standard deviation between draws; 0 for one draw.
+    pub deviation: f64,
+}
+
+impl Share {
+    fn of(shares: &[f64]) -> Self {
+        let count = shares.len() as f64;
+        let mean = shares.iter().sum::<f64>() / count;
+        let squares: f64 = shares.iter().map(|share| (share - mean).powi(2)).sum();
+        Self { mean, deviation: (squares / (count - 1.0).max(1.0)).sqrt() }
+    }
 }
 
 /// A candidate, reduced to what choosing and grading need.
@@ -104,42 +120,33 @@ pub fn settings(options: &Options) -> Result<Config> {
 /// # Errors
 /// A file that cannot be read, or a problem that could not be answered.
 pub async fn run(options: &Options, service: &Service) -> Result<Curve> {
-    let problems = read(&options.problems)?;
-    let bar = ProgressBar::new(problems.len() as u64);
-    let answers = problems.iter().enumerate().map(|(index, problem)| {
-        let bar = bar.clone();
-        async move {
-            let graded = answer(options, service, index as u64, problem).await;
-            bar.inc(1);
-            graded
-        }
-    });
-    let graded: Vec<Vec<Graded>> = stream::iter(answers).buffered(CONCURRENCY).try_collect().await?;
-    bar.finish_and_clear();
-    Ok(Curve { problems: graded.len(), rows: options.n.iter().map(|&n| row(n, &graded)).collect() })
-}
-
-fn read(path: &Path) -> Result<Vec<Problem>> {
-    let text = std::fs::read_to_string(path).map_err(|error| Error::file(path, error))?;
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let problems: Vec<Problem> = lines
-        .map(|(index, line)| {
-            let place = |error| Error::invalid("--problems", format!("{}:{}: {error}", path.display(), index + 1));
-            serde_json::from_str(line).map_err(place)
-        })
-        .collect::<Result<_>>()?;
-    match problems.is_empty() {
-        true => Err(Error::invalid("--problems", format!("{} holds no problem", path.display()))),
-        false => Ok(problems),
+    let problems = Problem::read(&options.problems, "--problems")?;
+    let bar = ProgressBar::new(options.repeats * problems.len() as u64);
+    let mut draws = Vec::new();
+    for repeat in 0..options.repeats {
+        let answers = problems.iter().enumerate().map(|(index, problem)| {
+            let (bar, place) = (bar.clone(), repeat * problems.len() as u64 + index as u64);
+            async move {
+                let graded = answer(options, service, place, problem).await;
+                bar.inc(1);
+                graded
+            }
+        });
+        let graded: Vec<Vec<Graded>> = stream::iter(answers).buffered(CONCURRENCY).try_collect().await?;
+        draws.push(graded);
     }
+    bar.finish_and_clear();
+    let rows = options.n.iter().map(|&n| row(n, &draws)).collect();
+    Ok(Curve { problems: problems.len(), repeats: options.repeats, rows })
 }
 
-async fn answer(options: &Options, service: &Service, index: u64, problem: &Problem) -> Result<Vec<Graded>> {
+/// Candidates of problem `place`, counted over all draws.
+async fn answer(options: &Options, service: &Service, place: u64, problem: &Problem) -> Result<Vec<Graded>> {
     let count = options.n.iter().copied().max().unwrap_or(1).max(2);
     let message = Message { role: "user".into(), content: problem.prompt.clone() };
     let mut generate = GenerateRequest::new(Prompt::Messages(Conversation::new(vec![message])));
     generate.temperature = options.temperature;
-    generate.seed = Some(options.seed + index * count as u64);
+    generate.seed = Some(options.seed + place * count as u64);
     let strategy = Some(Strategy::Reward);
     let request = BestOfRequest { generate, best_of: count, strategy, reward_model: None, answer: AnswerRule::Boxed };
     let best = service.best_of_n(request).await?;
@@ -152,11 +159,14 @@ async fn answer(options: &Options, service: &Service, index: u64, problem: &Prob
     Ok(graded.collect())
 }
 
-/// Averages over the disjoint subsets of `n` candidates of every problem.
-fn row(n: usize, problems: &[Vec<Graded>]) -> CurveRow {
-    let subsets: Vec<&[Graded]> = problems.iter().flat_map(|graded| graded.chunks_exact(n)).collect();
+/// Averages over the disjoint subsets of `n` candidates of every problem, for each draw.
+fn row(n: usize, draws: &[Vec<Vec<Graded>>]) -> CurveRow {
     let share = |solved: &dyn Fn(&[Graded]) -> bool| {
-        100.0 * subsets.iter().filter(|subset| solved(subset)).count() as f64 / subsets.len() as f64
+        let shares = draws.iter().map(|problems| {
+            let subsets: Vec<&[Graded]> = problems.iter().flat_map(|graded| graded.chunks_exact(n)).collect();
+            100.0 * subsets.iter().filter(|subset| solved(subset)).count() as f64 / subsets.len() as f64
+        });
+        Share::of(&shares.collect::<Vec<_>>())
     };
     CurveRow {
         n,
@@ -187,14 +197,22 @@ fn rated(subset: &[Graded]) -> Vec<Rated> {
 
 impl fmt::Display for Curve {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} problems, percent solved\n    n   oracle", self.problems)?;
+        let text = |share: &Share| match self.repeats {
+            1 => format!("{:.1}", share.mean),
+            _ => format!("{:.1} ±{:.1}", share.mean, share.deviation),
+        };
+        write!(f, "{} problems, percent solved", self.problems)?;
+        if self.repeats > 1 {
+            write!(f, ", mean and standard deviation of {} draws", self.repeats)?;
+        }
+        write!(f, "\n    n {:>10}", "oracle")?;
         for strategy in STRATEGIES {
-            write!(f, " {:>9}", strategy.as_str())?;
+            write!(f, " {:>10}", strategy.as_str())?;
         }
         for row in &self.rows {
-            write!(f, "\n{:>5} {:>8.1}", row.n, row.oracle)?;
+            write!(f, "\n{:>5} {:>10}", row.n, text(&row.oracle))?;
             for (_, share) in &row.chosen {
-                write!(f, " {share:>9.1}")?;
+                write!(f, " {:>10}", text(share))?;
             }
         }
         Ok(())
@@ -214,12 +232,20 @@ mod tests {
         // First pair: the reward is right, the log-probability wrong. Second pair: both wrong, though one candidate is right.
         let problem =
             vec![graded(2.0, "a", true), graded(1.0, "b", false), graded(0.0, "a", true), graded(3.0, "c", false)];
-        let curve = row(2, &[problem]);
-        assert_eq!(curve.oracle, 100.0);
-        assert_eq!(curve.chosen[0], ("reward", 50.0));
-        assert_eq!(curve.chosen[3], ("logprob", 50.0));
+        let curve = row(2, &[vec![problem]]);
+        let share = |mean| Share { mean, deviation: 0.0 };
+        assert_eq!(curve.oracle, share(100.0));
+        assert_eq!(curve.chosen[0], ("reward", share(50.0)));
+        assert_eq!(curve.chosen[3], ("logprob", share(50.0)));
         let problem = vec![graded(-1.0, "a", true), graded(9.0, "b", false), graded(-1.0, "a", true)];
-        let curve = row(3, &[problem]);
-        assert_eq!(curve.chosen, [("reward", 0.0), ("majority", 100.0), ("weighted", 0.0), ("logprob", 100.0)]);
+        let curve = row(3, &[vec![problem]]);
+        let expected = [("reward", 0.0), ("majority", 100.0), ("weighted", 0.0), ("logprob", 100.0)];
+        assert_eq!(curve.chosen, expected.map(|(name, mean)| (name, share(mean))));
+    }
+
+    #[test]
+    fn deviations_are_those_between_draws() {
+        assert_eq!(Share::of(&[1.0, 2.0, 3.0]), Share { mean: 2.0, deviation: 1.0 });
+        assert_eq!(Share::of(&[5.0]), Share { mean: 5.0, deviation: 0.0 });
     }
 }

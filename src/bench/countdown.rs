@@ -1,16 +1,67 @@
 //! Grades answers to the task that eurus-mini was made for: "Use the numbers 3, 5, 8 to make 29.", each number once,
-//! with + - * and brackets, the expression in `\boxed{}`.
+//! with + - * and brackets, the expression in `\boxed{}`. Reads files of problems.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
 
 /// Whether `expression` uses exactly the numbers `nums` and is worth `target`.
 pub fn solves(expression: &str, nums: &[i64], target: i64) -> bool {
+    evaluate(expression).is_some_and(|(value, used)| value == target && used == sorted(nums))
+}
+
+/// What `expression` is worth and the numbers it uses, in ascending order; none where it is no expression.
+pub fn evaluate(expression: &str) -> Option<(i64, Vec<i64>)> {
     let mut parser = Parser { rest: expression.as_bytes(), used: Vec::new(), depth: 0 };
-    if parser.sum() != Some(target) || parser.peek().is_some() {
-        return false;
+    let value = parser.sum()?;
+    let whole = parser.peek().is_none();
+    whole.then(|| (value, sorted(&parser.used)))
+}
+
+/// `nums` in ascending order.
+pub fn sorted(nums: &[i64]) -> Vec<i64> {
+    let mut nums = nums.to_vec();
+    nums.sort_unstable();
+    nums
+}
+
+/// A problem as it stands in a file of JSON Lines.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Problem {
+    /// What the user says.
+    pub prompt: String,
+    /// The numbers to use.
+    pub nums: Vec<i64>,
+    /// What the expression must be worth.
+    pub target: i64,
+}
+
+impl Problem {
+    /// The problems of `path`, at least one; `flag` is what named the file.
+    ///
+    /// # Errors
+    /// A file that cannot be read, a line that is no problem, no line.
+    pub fn read(path: &Path, flag: &str) -> Result<Vec<Self>> {
+        let text = std::fs::read_to_string(path).map_err(|error| Error::file(path, error))?;
+        let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+        let problems: Vec<Self> = lines
+            .map(|(index, line)| {
+                let place = |error| Error::invalid(flag, format!("{}:{}: {error}", path.display(), index + 1));
+                serde_json::from_str(line).map_err(place)
+            })
+            .collect::<Result<_>>()?;
+        match problems.is_empty() {
+            true => Err(Error::invalid(flag, format!("{} holds no problem", path.display()))),
+            false => Ok(problems),
+        }
     }
-    let mut expected = nums.to_vec();
-    expected.sort_unstable();
-    parser.used.sort_unstable();
-    parser.used == expected
+
+    /// The same for problems that ask for the same: the order of the numbers does not count.
+    pub fn key(&self) -> (Vec<i64>, i64) {
+        (sorted(&self.nums), self.target)
+    }
 }
 
 /// Brackets nest no deeper in any answer of this task.

@@ -5,8 +5,11 @@ pub mod bon_curve;
 pub mod countdown;
 pub mod make_model;
 pub mod model;
+mod problems;
+pub mod sample_pairs;
 pub mod serve;
 pub mod train;
+pub mod trees;
 
 /// Median, 99th percentile and maximum of a sample, in milliseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize)]

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use clap::Subcommand;
 
-use crate::bench::{bon_curve, make_model, model, serve, train};
+use crate::bench::{bon_curve, make_model, model, sample_pairs, serve, train, trees};
 use crate::config::LogConfig;
 use crate::error::{Error, Result};
 
@@ -21,6 +21,10 @@ pub(super) enum BenchCommand {
     MakeModel(make_model::Options),
     /// Accuracy of best-of-n on verifiable problems, by n and strategy
     BonCurve(bon_curve::Options),
+    /// Write solutions to imitate and preference trees for the task of eurus-mini, in the schemas of UltraInteract
+    MakeTrees(trees::Options),
+    /// Write graded pairs of a policy's own answers to problems of that task
+    SamplePairs(sample_pairs::Options),
 }
 
 /// Runs one benchmark.
@@ -60,6 +64,17 @@ pub(super) fn run(command: &BenchCommand) -> Result<()> {
                 write_json(path, &curve)?;
             }
             super::print(&format!("{curve}\n"))
+        }
+        BenchCommand::MakeTrees(options) => {
+            let trees::Written { solutions, pairs } = trees::run(options)?;
+            super::print(&format!("{}: {solutions} solutions, {pairs} pairs\n", options.out.display()))
+        }
+        BenchCommand::SamplePairs(options) => {
+            let drawn = super::runtime()?.block_on(async {
+                let service = crate::serve::service(&sample_pairs::settings(options)?)?;
+                sample_pairs::run(options, &service).await
+            })?;
+            super::print(&format!("{}: {drawn}\n", options.out.display()))
         }
     }
 }
