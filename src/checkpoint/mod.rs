@@ -157,8 +157,8 @@ impl Checkpoint {
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         let facts = &self.tokenizer_config;
         let special = SpecialTokens {
-            bos: facts.bos_token.clone(),
-            eos: facts.eos_token.clone(),
+            bos: facts.bos_token.clone().or_else(|| self.special_token(self.config.bos)),
+            eos: facts.eos_token.clone().or_else(|| self.special_token(self.config.eos.first().copied())),
             unk: facts.unk_token.clone(),
             add_bos: facts.add_bos_token,
         };
@@ -172,6 +172,15 @@ impl Checkpoint {
             self.name,
             count - 1
         )))
+    }
+
+    /// The text of the special token `id` of config.json, for a tokenizer whose own files do not say which tokens open and end a
+    /// text: SentencePiece's file alone, for one.
+    fn special_token(&self, id: Option<u32>) -> Option<String> {
+        let tokenizer: serde_json::Value = serde_json::from_str(&self.tokenizer_json).ok()?;
+        let added = tokenizer["added_tokens"].as_array()?;
+        let token = added.iter().find(|token| token["special"] == true && token["id"].as_u64() == id.map(u64::from))?;
+        token["content"].as_str().map(str::to_owned)
     }
 
     /// The chat template: the checkpoint's, or the built-in one where it has none.

@@ -179,7 +179,15 @@ fn read_header(reader: &mut impl Read, file_bytes: u64, label: &str) -> Result<(
 /// [`Error::Checkpoint`] if the file cannot be written.
 pub fn write(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize_to_file(tensors, Some(format), path).map_err(|error| Error::file(path, error))
+    safetensors::serialize_to_file(tensors, Some(format), path).map_err(|error| Error::file(path, error))?;
+    // The crate writes through a temporary file that only its owner may read.
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let readable = std::fs::Permissions::from_mode(0o644);
+        std::fs::set_permissions(path, readable).map_err(|error| Error::file(path, error))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

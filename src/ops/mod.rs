@@ -11,6 +11,7 @@ pub mod kv_write;
 mod lanes;
 pub mod linear;
 pub mod logprobs;
+pub mod memory;
 pub mod parallel;
 pub mod parameter;
 pub mod rms_norm;

@@ -140,6 +140,11 @@ impl ChatTemplate {
         Self::from_source("mistral-instruct", MISTRAL_INSTRUCT)
     }
 
+    /// What it was compiled from.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name

@@ -21,6 +21,7 @@ use crate::model::weights::WeightProblems;
 pub use adapter::{Adapter, export_adapter};
 
 const TEMPLATE: &str = "chat_template.jinja";
+const TOKENIZER: &str = "tokenizer.json";
 const README: &str = "README.md";
 const REWARD_CLASS: &str = "EurusRewardModel";
 
@@ -93,6 +94,10 @@ pub fn export(folder: &Path, parts: &Export<'_>) -> Result<()> {
                 write_file(temporary, name, &bytes)?;
             }
         }
+        if parts.source.file(TOKENIZER)?.is_none() {
+            // As it was read: other libraries convert tokenizer.model by rules of their own.
+            write_file(temporary, TOKENIZER, parts.source.tokenizer_json.as_bytes())?;
+        }
         if let Some(template) = parts.chat_template {
             write_file(temporary, TEMPLATE, template.as_bytes())?;
         }
@@ -129,9 +134,9 @@ fn config(parts: &Export<'_>, dtype: SaveDtype) -> Result<Map<String, Value>> {
     let was_reward = parts.source.config.head == HeadKind::Reward;
     if parts.head == HeadKind::Reward && !was_reward {
         config.insert("architectures".to_owned(), json!([REWARD_CLASS]));
-        // It would name the class of the policy.
-        config.remove("auto_map");
     }
+    // It names code that is not copied.
+    config.remove("auto_map");
     if let Some(append_eos) = parts.append_eos.filter(|_| parts.head == HeadKind::Reward) {
         config.insert("append_eos".to_owned(), append_eos.into());
     }

@@ -26,7 +26,7 @@ use super::step::{Objective, Pass, Tally};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::model::tape::Keep;
-use crate::ops::parallel;
+use crate::ops::{memory, parallel};
 
 mod estimate;
 
@@ -83,6 +83,7 @@ pub fn run(recipe: &Recipe, start: &Start, watch: &mut dyn Watch) -> Result<Outc
     if let Some(threads) = recipe.run.threads {
         parallel::set_threads(threads);
     }
+    memory::keep_freed();
     let prepared = Prepared::new(recipe, start, watch)?;
     if *start == Start::Plan {
         let plan = prepared.plan(recipe, &prepared.course)?;
@@ -102,6 +103,8 @@ struct Prepared {
     references: Cache,
     /// Mismatched answers: of the course, then of the evaluation.
     mismatched: Vec<Text>,
+    /// The chat template that texts were encoded with, in Jinja.
+    template: String,
 }
 
 impl Prepared {
@@ -147,7 +150,8 @@ impl Prepared {
         }
         let keep = if run.recompute { Keep::Inputs } else { Keep::Everything };
         let learner = Learner { model, keep, device };
-        Ok(Self { checkpoint, dataset, course, test, learner, references, mismatched })
+        let template = encoder.template().source().to_owned();
+        Ok(Self { checkpoint, dataset, course, test, learner, references, mismatched, template })
     }
 
     fn lessons(&self, pass: Pass) -> Lessons<'_> {
@@ -362,13 +366,16 @@ impl<'a> Run<'a> {
         let model = &mut self.prepared.learner.model;
         if let Some(lora) = &recipe.lora {
             let tensors = state::adapters(model);
-            let (base, head) = (&checkpoint.name, model.config.head);
-            let adapter = Adapter { base, head, lora, tensors: &tensors, card: &card };
+            let from = &recipe.model.from;
+            let folder = std::fs::canonicalize(from).map(|path| path.display().to_string());
+            let base = &folder.unwrap_or_else(|_| from.clone());
+            let adapter = Adapter { base, head: model.config.head, lora, tensors: &tensors };
             export::export_adapter(&recipe.run.adapter(), &adapter)?;
         }
         model.merge()?;
-        let template = recipe.model.chat_template.as_ref().map(std::fs::read_to_string).transpose();
-        let template = template.map_err(|error| Error::invalid("model.chat_template", error.to_string()))?;
+        // Where the checkpoint has none, the one that it was trained with.
+        let own = recipe.model.chat_template.is_none() && checkpoint.tokenizer_config.chat_template.is_some();
+        let template = (!own).then_some(self.prepared.template.as_str());
         let parts = Export {
             source: checkpoint,
             head: model.config.head,
@@ -376,7 +383,7 @@ impl<'a> Run<'a> {
             tensors: &state::tensors(model)?,
             dtype: recipe.run.save_dtype,
             max_shard_bytes: recipe.run.max_shard_bytes,
-            chat_template: template.as_deref(),
+            chat_template: template,
             card: &card,
         };
         export::export(&recipe.run.model(), &parts)?;

@@ -5,8 +5,9 @@
     pip install sentencepiece protobuf                                  # where a folder has tokenizer.model only
     python check_trained.py --eurus target/release/eurus OUTPUT/model... [OUTPUT/adapter... [--base FOLDER]]
 
-Each FOLDER is a policy, a reward model or an adapter, as its config says. An adapter is put beside its base (--base where
-adapter_config.json names none that is a folder) and compared with the merged model that lies beside it, ../model.
+Each FOLDER is a policy, a reward model or an adapter, as its config says. An adapter is put beside its base (--base, else what
+adapter_config.json names), merged in float32, rounded to what the merged model beside it, ../model, is stored as, and compared
+with that one.
 For each:
   no missing, unexpected or misshapen tensor;
   the chat template gives the same token ids in Python and from POST /tokenize (--no-template where there is none);
@@ -130,6 +131,13 @@ def load_adapter(folder, base, reward):
     return model.eval()
 
 
+def rounded(model, dtype):
+    """With the values that its parameters have once they are stored as `dtype`."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    return model
+
+
 def logprobs(model, ids):
     logits = model(torch.tensor([ids])).logits[0]
     return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
@@ -150,24 +158,24 @@ def relative(a, b):
     return abs(a - b) / max(abs(a), abs(b))
 
 
-def compare_template(tokenizer, server, **ending):
-    """Ids of every conversation that both give, alike."""
+def compare_template(tokenizer, server, last=None, **ending):
+    """Ids of every conversation, up to the turn `last`, which both must give alike."""
     rows = []
     for texts in CONVERSATIONS:
-        ids = list(tokenizer.apply_chat_template(turns(texts), return_dict=False, **ending))
-        kwargs = {"add_generation_prompt": False, **ending}
-        ours = server.ask("/tokenize", messages=turns(texts), **kwargs)["tokens"]
-        assert ids == ours, f"{texts}\n  transformers {ids}\n  eurus        {ours}"
+        messages = turns(texts[:last])
+        ids = list(tokenizer.apply_chat_template(messages, return_dict=False, **ending))
+        ours = server.ask("/tokenize", messages=messages, **{"add_generation_prompt": False, **ending})["tokens"]
+        assert ids == ours, f"{messages}\n  transformers {ids}\n  eurus        {ours}"
         rows.append(ids)
     return rows
 
 
 @torch.no_grad()
 def compare_policy(model, tokenizer, server):
-    # Rendered as in training, which is also how a question alone is rendered.
     rows = []
     if tokenizer:
         rows = compare_template(tokenizer, server)
+        compare_template(tokenizer, server, last=-1, add_generation_prompt=True)
         compare_template(tokenizer, server, continue_final_message=True)
     limit = model.config.max_position_embeddings
     rows += [random_ids(model.config, min(count, limit - 1)) for count in (7, 200, 600)]
@@ -185,22 +193,23 @@ def compare_policy(model, tokenizer, server):
 @torch.no_grad()
 def compare_reward(model, tokenizer, server):
     append_eos = getattr(model.config, "append_eos", False)
-    largest, smallest, count = 0.0, float("inf"), 0
+    differences = []
     if tokenizer:
-        for texts, ids in zip(CONVERSATIONS, compare_template(tokenizer, server, continue_final_message=True)):
+        rows = compare_template(tokenizer, server, continue_final_message=True)
+        for texts, ids in zip(CONVERSATIONS, rows, strict=True):
             ids = ids + [tokenizer.eos_token_id] * append_eos
             (ours,) = server.ask("/v1/rewards", messages=turns(texts))["data"]
             assert (ours["tokens"], ours["last_token_id"]) == (len(ids), ids[-1]), (ours, ids)
-            largest = max(largest, *(relative(reward_of(model, ids, pad), ours["reward"]) for pad in (0, 3)))
-            smallest, count = min(smallest, abs(ours["reward"])), count + 1
+            differences += [relative(reward_of(model, ids, pad), ours["reward"]) for pad in (0, 3)]
     ids = random_ids(model.config, min(200, model.config.max_position_embeddings - 1))
     (ours,) = server.ask("/v1/rewards", **{"input": [ids], "return": "all", "append_eos": False})["data"]
     every = model.get_submodule("regression_head")(model.get_submodule("model")(torch.tensor([ids]))[0])[0, :, 0]
-    # Single values may be near zero, so relative to their size in general.
-    ours = torch.tensor(ours["rewards"][-len(ids):])
-    at_tokens = ((every[-len(ours):] - ours).abs().max() / ours.abs().mean()).item()
-    assert max(largest, at_tokens) < REWARD_MAX, f"a reward is off by {largest:.1e}, one at a token by {at_tokens:.1e}"
-    return f"{count} rewards of at least {smallest:.2f}, largest relative difference {largest:.1e}; at {len(ours)} tokens {at_tokens:.1e}"
+    ours = torch.tensor(ours["rewards"])
+    assert ours.shape == every.shape, (ours.shape, every.shape)
+    # Single ones may be near zero, so relative to their size in general.
+    differences.append(((every - ours).abs().max() / ours.abs().mean()).item())
+    assert max(differences) < REWARD_MAX, f"a reward is off by {max(differences):.1e}, relative"
+    return f"{len(differences) - 1 + len(ours)} rewards, largest relative difference {max(differences):.1e}"
 
 
 def check(folder, args):
@@ -210,13 +219,13 @@ def check(folder, args):
     reward = config.architectures == ["EurusRewardModel"]
     if adapter:
         named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        model = load_adapter(folder, args.base or named, reward)
+        model = rounded(load_adapter(folder, args.base or named, reward).merge_and_unload(), config.dtype)
     else:
         model = load(folder, reward)
     tokenizer = None if args.no_template else AutoTokenizer.from_pretrained(merged)
     compare = compare_reward if reward else compare_policy
     with serve(args.eurus, merged, reward) as server:
-        found = compare(getattr(model, "base_model", model).model if adapter else model, tokenizer, server)
+        found = compare(model, tokenizer, server)
     kind = ("reward model" if reward else "policy") + (" with adapter" if adapter else "")
     print(f"{folder}: {kind}, stored as {config.dtype}; {found}", flush=True)
 

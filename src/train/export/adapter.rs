@@ -6,10 +6,9 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde_json::{Map, Number, Value, json};
 
-use super::super::card::Card;
 use super::super::folder;
 use super::super::recipe::LoraRecipe;
-use super::{README, pretty, write_file};
+use super::{pretty, write_file};
 use crate::checkpoint::safetensors;
 use crate::error::Result;
 use crate::model::config::HeadKind;
@@ -19,7 +18,7 @@ const TENSORS: &str = "adapter_model.safetensors";
 
 /// What is written.
 pub struct Adapter<'a> {
-    /// Name of the model that the adapters stand beside.
+    /// Folder or hub id of the model that the adapters stand beside.
     pub base: &'a str,
     /// What that model is for.
     pub head: HeadKind,
@@ -28,8 +27,6 @@ pub struct Adapter<'a> {
     /// The factors by PEFT's names: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, `[rank, in]`, and
     /// `lora_B`, `[out, rank]`.
     pub tensors: &'a HashMap<String, Tensor>,
-    /// The README.
-    pub card: &'a Card<'a>,
 }
 
 /// Writes `adapter` to `folder`, which takes the place of what is there once everything is on the disk.
@@ -39,7 +36,6 @@ pub struct Adapter<'a> {
 pub fn export_adapter(folder: &Path, adapter: &Adapter<'_>) -> Result<()> {
     let mut write = |temporary: &Path| {
         write_file(temporary, CONFIG, pretty(&config(adapter))?.as_bytes())?;
-        write_file(temporary, README, adapter.card.render().as_bytes())?;
         safetensors::write(&temporary.join(TENSORS), adapter.tensors)
     };
     folder::publish(folder, &mut write, &mut |_| Ok(()))
@@ -52,7 +48,10 @@ fn config(adapter: &Adapter<'_>) -> Map<String, Value> {
     let whole = lora.alpha.fract() == 0.0 && lora.alpha.abs() < 1e15;
     let alpha = if whole { Some(Number::from(lora.alpha as i64)) } else { Number::from_f64(lora.alpha) };
     let task = (adapter.head == HeadKind::Language).then_some("CAUSAL_LM");
+    // The head of a reward model is trained whole.
+    let whole: &[&str] = if adapter.head == HeadKind::Reward { &["regression_head"] } else { &[] };
     let pairs = [
+        ("modules_to_save", json!(whole)),
         ("peft_type", json!("LORA")),
         ("base_model_name_or_path", json!(adapter.base)),
         ("task_type", json!(task)),

@@ -116,9 +116,11 @@ fn policies_open_as_they_were_written_in_every_type() {
 }
 
 #[test]
-fn the_files_of_the_tokenizer_are_copied_as_they_were() {
-    let (root, _) = Case::policy("tests/fixtures/serve/mistral-window").check();
-    for name in TOKENIZER_FILES {
+fn the_files_of_the_tokenizer_are_copied_as_they_were_and_tokenizer_json_is_always_there() {
+    let (root, opened) = Case::policy("tests/fixtures/serve/mistral-window").check();
+    let converted = fs::read_to_string(root.path().join("model").join(TOKENIZER)).unwrap();
+    assert_eq!(converted, opened.tokenizer_json);
+    for name in TOKENIZER_FILES.into_iter().filter(|name| *name != TOKENIZER) {
         let original = fs::read(Path::new("tests/fixtures/serve/mistral-window").join(name)).ok();
         assert_eq!(fs::read(root.path().join("model").join(name)).ok(), original, "{name}");
     }
@@ -216,16 +218,13 @@ fn the_card_tells_where_the_model_comes_from() {
 #[test]
 fn adapters_are_written_as_peft_has_them() {
     let root = tempfile::tempdir().unwrap();
-    let mut recipe = recipe(Stage::Sft);
     let lora = crate::train::recipe::LoraRecipe { rank: 4, alpha: 8.0, ..Default::default() };
-    recipe.lora = Some(lora.clone());
     let name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
     let tensors = HashMap::from([(name.to_owned(), Tensor::randn(0f32, 1.0, (4, 64), &Device::Cpu).unwrap())]);
-    let card = Card { recipe: &recipe, files: &[], steps: 3, metrics: &[] };
-    let adapter = Adapter { base: "org/name", head: HeadKind::Language, lora: &lora, tensors: &tensors, card: &card };
+    let adapter = Adapter { base: "org/name", head: HeadKind::Language, lora: &lora, tensors: &tensors };
     let folder = root.path().join("adapter");
     export_adapter(&folder, &adapter).unwrap();
-    assert_eq!(folder::names(&folder).unwrap(), [README, "adapter_config.json", "adapter_model.safetensors"]);
+    assert_eq!(folder::names(&folder).unwrap(), ["adapter_config.json", "adapter_model.safetensors"]);
     let config: Value = serde_json::from_slice(&fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();
     for (key, value) in [
         ("peft_type", json!("LORA")),
@@ -235,9 +234,14 @@ fn adapters_are_written_as_peft_has_them() {
         ("target_modules", json!(crate::train::recipe::LORA_TARGETS)),
         ("use_rslora", json!(false)),
         ("bias", json!("none")),
+        ("modules_to_save", json!([])),
     ] {
         assert_eq!(config[key], value, "{key}");
     }
+    let reward = Adapter { head: HeadKind::Reward, ..adapter };
+    export_adapter(&folder, &reward).unwrap();
+    let config: Value = serde_json::from_slice(&fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();
+    assert_eq!((&config["modules_to_save"], &config["task_type"]), (&json!(["regression_head"]), &Value::Null));
     let read = candle_core::safetensors::load(folder.join("adapter_model.safetensors"), &Device::Cpu).unwrap();
     let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert!(read.len() == 1 && values(&read[name]) == values(&tensors[name]));
