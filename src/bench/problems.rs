@@ -231,7 +231,8 @@ fn walk(draws: &mut Draws, nums: &[i64], care: Care) -> Option<Walk> {
         let number = nums.len() - terms.len();
         let list: Vec<String> = terms.iter().map(|term| term.value.to_string()).collect();
         // Writing to a String cannot fail.
-        let _ = writeln!(steps, "Step {number}: {}{}{}={value}, left {}", a.value, char::from(op), b.value, list.join(" "));
+        let _ =
+            writeln!(steps, "Step {number}: {}{}{}={value}, left {}", a.value, char::from(op), b.value, list.join(" "));
     }
     let last = terms.pop()?;
     Some(Walk { steps, expression: last.text, value: last.value })

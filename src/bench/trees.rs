@@ -89,7 +89,12 @@ const DATASET: &str = "countdown";
 
 impl<'a> PairRow<'a> {
     /// Turn `turn` of `depth`; `parent` is the name of the problem.
-    pub(super) fn new(parent: &'a str, (depth, turn): (usize, usize), trajectory: &'a [Message], actions: [&'a str; 2]) -> Self {
+    pub(super) fn new(
+        parent: &'a str,
+        (depth, turn): (usize, usize),
+        trajectory: &'a [Message],
+        actions: [&'a str; 2],
+    ) -> Self {
         let [chosen, rejected] = actions;
         let id = format!("{parent}_{depth}_{turn}");
         Self { id, parent_id: parent, task: TASK, dataset: DATASET, trajectory, chosen, rejected }
