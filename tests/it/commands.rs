@@ -52,8 +52,8 @@ fn every_kind_of_row_is_scored_in_order_and_keeps_its_fields() {
     for reward in [&output[0]["reward"], &output[1]["reward"], &output[2]["rewards"][0], &output[3]["reward"]] {
         assert_eq!(reward, &output[0]["reward"]);
     }
-    check_close(&output[0]["reward"], 0.570_452_3);
-    check_close(&output[2]["rewards"][1], -0.907_335_7);
+    check_close(&output[0]["reward"], 2.248_865_1);
+    check_close(&output[2]["rewards"][1], -3.660_684_6);
 }
 
 #[test]
