@@ -52,6 +52,7 @@ mod pairs {
 
     use super::*;
     use std::arch::x86_64::*;
+    use std::mem::transmute;
 
     /// A processor with AVX512_BF16.
     #[derive(Clone, Copy)]
@@ -127,18 +128,17 @@ mod pairs {
             }
         }
         for (left, right) in left.iter().zip(right) {
-            let mut columns = [_mm512_setzero_si512(); VECTORS];
+            // SAFETY: a vector of 64 bytes seen as 32 bf16, here and below.
+            let mut columns = [unsafe { transmute::<__m512i, __m512bh>(_mm512_setzero_si512()) }; VECTORS];
             for (column, right) in columns.iter_mut().zip(right.as_chunks::<16>().0) {
                 // SAFETY: sixteen readable pairs.
-                *column = unsafe { _mm512_loadu_si512(right.as_ptr().cast()) };
+                *column = unsafe { transmute::<__m512i, __m512bh>(_mm512_loadu_si512(right.as_ptr().cast())) };
             }
             for (left, all) in left.iter().zip(&mut all) {
-                let row = _mm512_set1_epi32(left.cast_signed());
+                // SAFETY: as above.
+                let row = unsafe { transmute::<__m512i, __m512bh>(_mm512_set1_epi32(left.cast_signed())) };
                 for (sum, column) in all.iter_mut().zip(&columns) {
-                    // SAFETY: vectors of 64 bytes seen as 32 bf16 each.
-                    let (row, column): (__m512bh, __m512bh) =
-                        unsafe { (std::mem::transmute(row), std::mem::transmute(*column)) };
-                    *sum = _mm512_dpbf16_ps(*sum, row, column);
+                    *sum = _mm512_dpbf16_ps(*sum, row, *column);
                 }
             }
         }
