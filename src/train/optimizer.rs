@@ -66,11 +66,6 @@ impl Optimizer {
         &self.slots
     }
 
-    /// Steps done.
-    pub fn steps_done(&self) -> u64 {
-        self.step
-    }
-
     /// Goes on after `step` steps, with moments that were put into [`Optimizer::slots`].
     pub fn resume(&mut self, step: u64) {
         self.step = step;
