@@ -10,7 +10,7 @@ use crate::ops::embed::embed;
 use crate::ops::linear::Linear;
 use crate::ops::parameter::Parameter;
 use crate::ops::rms_norm::{add_rms_norm, rms_norm, rms_norm_backward};
-use crate::ops::rope::{RopeTable, rope, rope_backward};
+use crate::ops::rope::{RopeTable, split_rope, split_rope_backward};
 use crate::ops::swiglu::{swiglu, swiglu_backward};
 
 /// How the rows of a batch see each other and what came before them.
@@ -26,12 +26,12 @@ pub trait Attention {
 
 /// An attention whose gradients are known.
 pub trait AttentionGradient: Attention {
-    /// The gradients of queries, keys and values, as [`Attention::attend`] took them, from that of its result
-    /// `[T, heads * head_dim]`.
+    /// The gradients of queries, keys and values side by side, `[T, (heads + 2 * kv_heads) * head_dim]`, from that of the result of
+    /// [`Attention::attend`], `[T, heads * head_dim]`.
     ///
     /// # Errors
     /// If a tensor operation fails.
-    fn attend_backward(&self, qkv: [&Tensor; 3], d_attended: &Tensor) -> Result<[Tensor; 3]>;
+    fn attend_backward(&self, qkv: [&Tensor; 3], d_attended: &Tensor) -> Result<Tensor>;
 }
 
 /// Embedding, layers and final norm.
@@ -135,8 +135,8 @@ impl Decoder {
     ) -> Result<(Trace, Tensor)> {
         let layer = &self.layers[index];
         let (x, normed) = add_norm(residual, added, &layer.attention_norm, self.eps)?;
-        let (q, k, v) = layer.project(&normed)?;
-        let (q, k) = (rope(&q, rows.positions, &self.table)?, rope(&k, rows.positions, &self.table)?);
+        let heads = [layer.heads, layer.kv_heads];
+        let [q, k, v] = split_rope(&layer.qkv.forward(&normed)?, rows.positions, &self.table, heads)?;
         let attended = rows.attention.attend(index, &q, &k, &v)?;
         let (y, mlp_normed) = add_norm(layer.output.forward(&attended)?, Some(x.clone()), &layer.mlp_norm, self.eps)?;
         let gate_up = layer.gate_up.forward(&mlp_normed)?;
@@ -170,10 +170,8 @@ impl Decoder {
         let d_normed = layer.gate_up.backward(&trace.mlp_normed, &d_gate_up)?;
         rms_norm_backward(&d, &trace.y, &layer.mlp_norm, self.eps, &d_normed)?;
         let d_attended = layer.output.backward(&trace.attended, &d)?;
-        let [dq, dk, dv] = rows.attention.attend_backward([&trace.q, &trace.k, &trace.v], &d_attended)?;
-        let dq = rope_backward(&dq, rows.positions, &self.table)?;
-        let dk = rope_backward(&dk, rows.positions, &self.table)?;
-        let d_qkv = Tensor::cat(&[dq.flatten_from(1)?, dk.flatten_from(1)?, dv.flatten_from(1)?], 1)?;
+        let d_qkv = rows.attention.attend_backward([&trace.q, &trace.k, &trace.v], &d_attended)?;
+        split_rope_backward(&d_qkv, rows.positions, &self.table, [layer.heads, layer.kv_heads])?;
         let d_normed = layer.qkv.backward(&trace.normed, &d_qkv)?;
         rms_norm_backward(&d, &trace.x, &layer.attention_norm, self.eps, &d_normed)?;
         Ok(d)
@@ -214,20 +212,6 @@ impl Layer {
             kv_heads,
             head_dim,
         })
-    }
-
-    /// Queries `[T, heads, head_dim]`, keys and values `[T, kv_heads, head_dim]`, before the rotation.
-    fn project(&self, x: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
-        let fused = self.qkv.forward(x)?;
-        let rows = fused.dim(0)?;
-        let part = |first: usize, count: usize| -> Result<Tensor> {
-            let columns = fused.narrow(1, first * self.head_dim, count * self.head_dim)?.contiguous()?;
-            Ok(columns.reshape((rows, count, self.head_dim))?)
-        };
-        let q = part(0, self.heads)?;
-        let k = part(self.heads, self.kv_heads)?;
-        let v = part(self.heads + self.kv_heads, self.kv_heads)?;
-        Ok((q, k, v))
     }
 }
 

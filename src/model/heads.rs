@@ -90,19 +90,22 @@ impl LanguageHead {
         Ok(scores)
     }
 
-    /// The gradient of `rows` `[R, hidden]` from those of the log-probabilities of [`LanguageHead::target_scores`], `slopes` `[R]`;
-    /// that of the head's weight is added to its own.
+    /// As [`LanguageHead::target_scores`], and the gradient of `rows` `[R, hidden]` from those of the log-probabilities, `slopes`
+    /// `[R]`; that of the head's weight is added to its own. Logits are computed once for both.
     ///
     /// # Errors
     /// As [`LanguageHead::target_scores`].
-    pub fn target_scores_backward(&self, rows: &Tensor, targets: &[u32], slopes: &[f32]) -> Result<Tensor> {
-        let mut parts = Vec::new();
+    pub fn learn_targets(&self, rows: &Tensor, targets: &[u32], slopes: &[f32]) -> Result<(Vec<TargetScore>, Tensor)> {
+        let (mut scores, mut parts) = (Vec::with_capacity(targets.len()), Vec::new());
         for (index, (targets, slopes)) in targets.chunks(ROWS).zip(slopes.chunks(ROWS)).enumerate() {
             let rows = rows.narrow(0, index * ROWS, targets.len())?;
-            let d_logits = target_scores_backward(&self.apply(&rows)?, targets, slopes)?;
+            let logits = self.apply(&rows)?;
+            scores.extend(target_scores(&logits, targets)?);
+            let d_logits = target_scores_backward(&logits, targets, slopes)?;
             parts.push(self.linear.backward(&rows, &d_logits)?);
         }
-        Ok(if parts.is_empty() { rows.zeros_like()? } else { Tensor::cat(&parts, 0)? })
+        let d_rows = if parts.is_empty() { rows.zeros_like()? } else { Tensor::cat(&parts, 0)? };
+        Ok((scores, d_rows))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Rows of the embedding matrix by token id, widened to f32.
 
-use super::parallel::{for_each, for_each_chunk};
+use super::parallel::{filled, for_each};
 use super::parameter::Parameter;
 use super::storage::{Shared, Weights, slice, slice_mut};
 use crate::error::Result;
@@ -40,8 +40,7 @@ impl CustomOp2 for Embed {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
             candle_core::bail!("embed: token id {id} is outside of the vocabulary of {vocab}");
         }
-        let mut out = vec![0.0; count * width];
-        for_each_chunk(&mut out, width, |row, out| weight.widen(ids[row] as usize * width, out));
+        let out = filled(count * width, width, |row, out| weight.widen(ids[row] as usize * width, out));
         Ok((CpuStorage::F32(out), Shape::from((count, width))))
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
 use super::lanes::{Body, Isa, Kernel, LANES, widen_tail};
-use super::parallel::for_each_chunk;
+use super::parallel::filled;
 use super::storage::slice;
 use crate::error::{Error, Result};
 
@@ -145,9 +145,8 @@ fn map_rows(
         candle_core::bail!("{op}: {count} rows of logits for {rows} targets");
     }
     let logits: &[f32] = slice(op, logits, layout)?;
-    let mut out = vec![0.0; rows * width];
     let failed = Mutex::new(BTreeMap::new());
-    for_each_chunk(&mut out, width, |row, out| {
+    let out = filled(rows * width, width, |row, out| {
         if let Err(error) = of_row(row, &logits[row * vocab..][..vocab], out) {
             failed.lock().unwrap_or_else(PoisonError::into_inner).insert(row, error);
         }

@@ -1,7 +1,7 @@
 //! The one fork-join pool of the CPU bodies: lazily started workers that spin briefly, then park.
 //! Who computes what never changes a result: operations hand out whole outputs, never parts of a sum.
 
-use super::storage::Shared;
+use super::storage::{Shared, written};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
@@ -54,6 +54,27 @@ pub(super) fn for_each_chunk(data: &mut [f32], len: usize, body: impl Fn(usize, 
         let chunk = unsafe { shared.part(start, len.min(total - start)) };
         body(index, chunk);
     });
+}
+
+/// A vector of `total` zeros, cut into chunks of `len` elements that `body(index, chunk)` changes, as [`for_each_chunk`]. Each thread
+/// clears a chunk just before it changes it, while it is in the cache.
+pub(super) fn filled<T: Copy + Default + Send>(
+    total: usize,
+    len: usize,
+    body: impl Fn(usize, &mut [T]) + Sync,
+) -> Vec<T> {
+    let len = len.max(1);
+    // SAFETY: the chunks are cleared, and cover the vector.
+    #[allow(unsafe_code)]
+    unsafe {
+        written(total, |out| {
+            for_each(total.div_ceil(len), |index| {
+                let start = index * len;
+                // SAFETY: chunks of different indices do not overlap, and every index is handed out once.
+                body(index, out.cleared(start, len.min(total - start)));
+            });
+        })
+    }
 }
 
 static POOL: Pool = Pool::new();

@@ -3,7 +3,7 @@
 use super::lanes::{Body, Isa, Kernel, LANES, widen_tail};
 use super::parallel;
 use super::parameter::Parameter;
-use super::storage::{Shared, Weights, slice, slice_mut};
+use super::storage::{Shared, Weights, slice, slice_mut, written};
 use crate::error::Result;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, InplaceOp3, Layout, Shape, Tensor};
 use std::borrow::Cow;
@@ -59,8 +59,7 @@ impl CustomOp2 for RmsNorm {
         let (rows, width) = x_layout.shape().dims2()?;
         let weight = widened(weight, weight_layout, width)?;
         let x: &[f32] = slice("rms_norm", x, x_layout)?;
-        let mut out = vec![0.0; rows * width];
-        parallel::for_each_chunk(&mut out, ROWS * width, |index, out| {
+        let out = parallel::filled(rows * width, ROWS * width, |index, out: &mut [f32]| {
             let x = &x[index * ROWS * width..][..out.len()];
             self.body.run(Rows { x, weight: &weight, eps: self.eps, out });
         });
@@ -90,19 +89,22 @@ impl CustomOp3 for RmsNorm {
         let weight = widened(weight, weight_layout, width)?;
         let x: &[f32] = slice("add_rms_norm", x, x_layout)?;
         let residual: &[f32] = slice("add_rms_norm", residual, residual_layout)?;
-        let mut out = vec![0.0; 2 * rows * width];
-        let (sums, normed) = out.split_at_mut(rows * width);
-        let normed = Shared::new(normed);
-        parallel::for_each_chunk(sums, ROWS * width, |index, sums| {
+        let piece = |index: usize, out: &Shared<'_, f32>| {
             let first = index * ROWS * width;
+            let len = (ROWS * width).min(rows * width - first);
+            // SAFETY: the same rows of both halves; those of different indices do not overlap.
+            #[allow(unsafe_code)]
+            let [sums, normed] = unsafe { [out.cleared(first, len), out.cleared(rows * width + first, len)] };
             for ((sum, x), residual) in sums.iter_mut().zip(&x[first..]).zip(&residual[first..]) {
                 *sum = x + residual;
             }
-            // SAFETY: the same rows of the second half as `sums` are of the first; no two chunks overlap.
-            #[allow(unsafe_code)]
-            let out = unsafe { normed.part(first, sums.len()) };
-            self.body.run(Rows { x: sums, weight: &weight, eps: self.eps, out });
-        });
+            self.body.run(Rows { x: sums, weight: &weight, eps: self.eps, out: normed });
+        };
+        // SAFETY: the pieces of both halves are everything.
+        #[allow(unsafe_code)]
+        let out = unsafe {
+            written(2 * rows * width, |out| parallel::for_each(rows.div_ceil(ROWS), |index| piece(index, out)))
+        };
         Ok((CpuStorage::F32(out), Shape::from((2, rows, width))))
     }
 }
@@ -112,13 +114,7 @@ fn widened<'a>(weight: &'a CpuStorage, layout: &Layout, width: usize) -> candle_
     if layout.dims() != [width] {
         candle_core::bail!("rms_norm: the weight is {:?}, the rows have {width} numbers", layout.dims());
     }
-    let weight = Weights::new("rms_norm", weight, layout)?;
-    if let Weights::F32(weight) = weight {
-        return Ok(Cow::Borrowed(weight));
-    }
-    let mut wide = vec![0.0; width];
-    weight.widen(0, &mut wide);
-    Ok(Cow::Owned(wide))
+    Ok(Weights::new("rms_norm", weight, layout)?.widened())
 }
 
 /// Whole rows, one after the other.
@@ -240,8 +236,7 @@ impl InplaceOp3 for OfWeight {
         }
         let x: &[f32] = slice(self.name(), x, x_layout)?;
         let dy: &[f32] = slice(self.name(), dy, dy_layout)?;
-        let mut inverses = vec![0.0; rows];
-        parallel::for_each_chunk(&mut inverses, ROWS, |index, out| {
+        let inverses = parallel::filled(rows, ROWS, |index, out: &mut [f32]| {
             let x = &x[index * ROWS * width..][..out.len() * width];
             self.body.run(Inverses { x, width, eps: self.eps, out });
         });

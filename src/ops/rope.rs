@@ -1,9 +1,9 @@
 //! Rotary position embedding in the "rotate half" pairing: element i turns with element i + head_dim / 2.
 
-use super::parallel::for_each_chunk;
-use super::storage::slice;
+use super::parallel::{for_each, for_each_chunk};
+use super::storage::{Shared, slice, slice_mut, written};
 use crate::error::{Error, Result};
-use candle_core::{CpuStorage, CustomOp3, Device, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Device, InplaceOp3, Layout, Shape, Tensor};
 
 /// Cosines and sines of every position.
 #[derive(Debug, Clone)]
@@ -43,24 +43,73 @@ impl RopeTable {
     }
 }
 
-/// Rotates every head of `x` `[T, heads, head_dim]` f32 by its row's position, `positions` `[T]` u32; same shape.
-/// A position outside of the table is an error.
-pub fn rope(x: &Tensor, positions: &Tensor, table: &RopeTable) -> Result<Tensor> {
-    Ok(x.apply_op3_no_bwd(positions, &table.table, &Rope::Forth)?)
+/// Rows of queries, keys and values as one projection gives them, `qkv` `[T, (heads + 2 * kv_heads) * head_dim]` f32, to queries
+/// `[T, heads, head_dim]`, keys and values `[T, kv_heads, head_dim]`; every head of the first two is rotated by its row's position,
+/// `positions` `[T]` u32. A position outside of the table is an error.
+pub fn split_rope(qkv: &Tensor, positions: &Tensor, table: &RopeTable, heads: [usize; 2]) -> Result<[Tensor; 3]> {
+    let [heads, kv_heads] = heads;
+    let all = qkv.apply_op3_no_bwd(positions, &table.table, &Split { heads, kv_heads })?;
+    let (rows, head_dim) = (qkv.dim(0)?, table.table.dim(1)?);
+    let part = |first: usize, count: usize| -> Result<Tensor> {
+        let numbers = all.narrow(0, rows * first * head_dim, rows * count * head_dim)?;
+        Ok(numbers.reshape((rows, count, head_dim))?)
+    };
+    Ok([part(0, heads)?, part(heads, kv_heads)?, part(heads + kv_heads, kv_heads)?])
 }
 
-/// The gradient of `x` from that of [`rope`]'s result, `dy` `[T, heads, head_dim]` f32: the rotation back.
-pub fn rope_backward(dy: &Tensor, positions: &Tensor, table: &RopeTable) -> Result<Tensor> {
-    Ok(dy.apply_op3_no_bwd(positions, &table.table, &Rope::Back)?)
+/// The gradient of the rows that [`split_rope`] took, from those of what it gave side by side, `d` `[T, (heads + 2 * kv_heads) *
+/// head_dim]` f32 both: the rotation back, in place.
+pub fn split_rope_backward(d: &Tensor, positions: &Tensor, table: &RopeTable, heads: [usize; 2]) -> Result<()> {
+    let [heads, kv_heads] = heads;
+    Ok(d.inplace_op3(positions, &table.table, &TurnBack { heads, kv_heads })?)
 }
 
-/// Which way to turn.
-enum Rope {
-    Forth,
-    Back,
+/// Rows that a thread takes at a time.
+const ROWS: usize = 8;
+
+/// Queries, keys and values of rows, and how they are turned.
+struct Rows<'a> {
+    rows: usize,
+    /// Numbers of a row.
+    width: usize,
+    head_dim: usize,
+    positions: &'a [u32],
+    table: &'a [f32],
 }
 
-impl CustomOp3 for Rope {
+impl<'a> Rows<'a> {
+    fn new(
+        [heads, kv_heads]: [usize; 2],
+        layout: &Layout,
+        (positions, positions_layout): (&'a CpuStorage, &Layout),
+        (table, table_layout): (&'a CpuStorage, &Layout),
+    ) -> candle_core::Result<Self> {
+        let (rows, width) = layout.shape().dims2()?;
+        let (positions_max, head_dim) = table_layout.shape().dims2()?;
+        if width != (heads + 2 * kv_heads) * head_dim || positions_layout.dims() != [rows] {
+            let (x, positions) = (layout.dims(), positions_layout.dims());
+            candle_core::bail!("rope: rows of {x:?}, positions {positions:?}, the table has head_dim {head_dim}");
+        }
+        let positions: &[u32] = slice("rope", positions, positions_layout)?;
+        if let Some(position) = positions.iter().find(|&&position| position as usize >= positions_max) {
+            candle_core::bail!("rope: position {position} is outside of the table of {positions_max} positions");
+        }
+        Ok(Self { rows, width, head_dim, positions, table: slice("rope", table, table_layout)? })
+    }
+
+    /// Cosines and sines of row `row`.
+    fn turn(&self, row: usize) -> &'a [f32] {
+        &self.table[self.positions[row] as usize * self.head_dim..][..self.head_dim]
+    }
+}
+
+/// To the queries, keys and values, one after the other in one row of numbers.
+struct Split {
+    heads: usize,
+    kv_heads: usize,
+}
+
+impl CustomOp3 for Split {
     fn name(&self) -> &'static str {
         "rope"
     }
@@ -74,33 +123,67 @@ impl CustomOp3 for Rope {
         table: &CpuStorage,
         table_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (rows, heads, head_dim) = x_layout.shape().dims3()?;
-        let (positions_max, table_dim) = table_layout.shape().dims2()?;
-        if table_dim != head_dim || positions_layout.dims() != [rows] {
-            candle_core::bail!(
-                "rope: x is {:?}, the positions are {:?}, the table has head_dim {table_dim}",
-                x_layout.dims(),
-                positions_layout.dims()
-            );
-        }
+        let Self { heads, kv_heads } = *self;
+        let all = Rows::new([heads, kv_heads], x_layout, (positions, positions_layout), (table, table_layout))?;
         let x: &[f32] = slice("rope", x, x_layout)?;
-        let positions: &[u32] = slice("rope", positions, positions_layout)?;
-        let table: &[f32] = slice("rope", table, table_layout)?;
-        if let Some(position) = positions.iter().find(|&&position| position as usize >= positions_max) {
-            candle_core::bail!("rope: position {position} is outside of the table of {positions_max} positions");
-        }
-        let mut out = vec![0.0; x.len()];
-        for_each_chunk(&mut out, heads * head_dim, |row, out| {
-            let turn = &table[positions[row] as usize * head_dim..][..head_dim];
-            let x = &x[row * heads * head_dim..][..heads * head_dim];
-            for (x, out) in x.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
-                match self {
-                    Self::Forth => rotate(x, turn, out),
-                    Self::Back => rotate_back(x, turn, out),
-                }
+        let (rows, width, head_dim) = (all.rows, all.width, all.head_dim);
+        let (keys, values) = (rows * heads * head_dim, rows * (heads + kv_heads) * head_dim);
+        let split = |row: usize, out: &Shared<'_, f32>| {
+            let (q, rest) = x[row * width..][..width].split_at(heads * head_dim);
+            let (k, v) = rest.split_at(kv_heads * head_dim);
+            // SAFETY: every row is split once, into places of its own.
+            #[allow(unsafe_code)]
+            let [q_out, k_out] = unsafe {
+                out.write(values + row * v.len(), v);
+                [out.cleared(row * q.len(), q.len()), out.cleared(keys + row * k.len(), k.len())]
+            };
+            for (x, out) in [(q, q_out), (k, k_out)] {
+                let heads = x.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim));
+                heads.for_each(|(x, out)| rotate(x, all.turn(row), out));
+            }
+        };
+        // SAFETY: the queries, keys and values of all rows are everything.
+        #[allow(unsafe_code)]
+        let out = unsafe {
+            written(rows * width, |out| {
+                for_each(rows.div_ceil(ROWS), |index| {
+                    (index * ROWS..rows.min((index + 1) * ROWS)).for_each(|row| split(row, out));
+                });
+            })
+        };
+        Ok((CpuStorage::F32(out), Shape::from(rows * width)))
+    }
+}
+
+/// The rotation back, of queries and keys that lie side by side.
+struct TurnBack {
+    heads: usize,
+    kv_heads: usize,
+}
+
+impl InplaceOp3 for TurnBack {
+    fn name(&self) -> &'static str {
+        "rope gradient"
+    }
+
+    fn cpu_fwd(
+        &self,
+        d: &mut CpuStorage,
+        layout: &Layout,
+        positions: &CpuStorage,
+        positions_layout: &Layout,
+        table: &CpuStorage,
+        table_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let Self { heads, kv_heads } = *self;
+        let all = Rows::new([heads, kv_heads], layout, (positions, positions_layout), (table, table_layout))?;
+        for_each_chunk(slice_mut("rope gradient", d, layout)?, ROWS * all.width, |index, d| {
+            for (r, d) in d.chunks_exact_mut(all.width).enumerate() {
+                let turned = &mut d[..(heads + kv_heads) * all.head_dim];
+                turned.chunks_exact_mut(all.head_dim).for_each(|d| rotate_back(d, all.turn(index * ROWS + r)));
             }
         });
-        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+        Ok(())
     }
 }
 
@@ -116,15 +199,15 @@ fn rotate(x: &[f32], turn: &[f32], out: &mut [f32]) {
     }
 }
 
-/// The inverse of [`rotate`], which is its transpose.
-fn rotate_back(x: &[f32], turn: &[f32], out: &mut [f32]) {
+/// The inverse of [`rotate`], which is its transpose, in place.
+fn rotate_back(x: &mut [f32], turn: &[f32]) {
     let half = x.len() / 2;
-    let (low, high) = x.split_at(half);
+    let (low, high) = x.split_at_mut(half);
     let (cos, sin) = turn.split_at(half);
-    let (out_low, out_high) = out.split_at_mut(half);
     for i in 0..half {
-        out_low[i] = low[i] * cos[i] + high[i] * sin[i];
-        out_high[i] = high[i] * cos[i] - low[i] * sin[i];
+        let (a, b) = (low[i], high[i]);
+        low[i] = a * cos[i] + b * sin[i];
+        high[i] = b * cos[i] - a * sin[i];
     }
 }
 
@@ -135,43 +218,53 @@ mod tests {
     use super::*;
     use crate::ops::samples::{check_bits, check_close, floats, tensor};
 
+    /// Queries and keys of one head each, and values.
+    fn rotated(x: &Tensor, positions: &[u32], table: &RopeTable) -> Result<[Tensor; 3]> {
+        split_rope(x, &Tensor::new(positions, &Device::Cpu).unwrap(), table, [1, 1])
+    }
+
     #[test]
     fn the_gradient_turns_back() {
-        let (x, table) = (tensor(1, (5, 3, 16)), RopeTable::new(16, 1e4, 100, &Device::Cpu).unwrap());
-        let positions = Tensor::new(&[0u32, 7, 99, 3, 50], &Device::Cpu).unwrap();
-        let there = rope(&x, &positions, &table).unwrap();
-        let back = rope_backward(&there, &positions, &table).unwrap();
+        let (x, table) = (tensor(1, (9, 5 * 16)), RopeTable::new(16, 1e4, 100, &Device::Cpu).unwrap());
+        let positions = Tensor::new(&[0u32, 7, 99, 3, 50, 1, 2, 3, 98], &Device::Cpu).unwrap();
+        let parts = split_rope(&x, &positions, &table, [3, 1]).unwrap();
+        let parts: Vec<Tensor> = parts.iter().map(|part| part.flatten_from(1).unwrap()).collect();
+        let there = Tensor::cat(&parts, 1).unwrap();
+        split_rope_backward(&there, &positions, &table, [3, 1]).unwrap();
         let expected: Vec<f64> = floats(&x).into_iter().map(f64::from).collect();
-        check_close("there and back", &floats(&back), &expected, 1e-6);
+        check_close("there and back", &floats(&there), &expected, 1e-6);
     }
 
     #[test]
     fn values_are_those_of_the_formula() {
-        let (heads, head_dim, theta) = (3, 20, 10_000.0);
-        let positions = [0u32, 1, 99, 7];
-        let x = tensor(1, (4, heads, head_dim));
+        let (heads, kv_heads, head_dim, theta) = (3, 2, 20, 10_000.0);
+        let width = (heads + 2 * kv_heads) * head_dim;
+        let positions: Vec<u32> = (0..11).map(|i| [0, 1, 99, 7][i % 4]).collect();
+        let x = tensor(1, (positions.len(), width));
         let table = RopeTable::new(head_dim, theta, 100, &Device::Cpu).unwrap();
-        let ids = Tensor::new(&positions, &Device::Cpu).unwrap();
-        let got = floats(&rope(&x, &ids, &table).unwrap());
+        let ids = Tensor::new(&positions[..], &Device::Cpu).unwrap();
+        let [q, k, v] = split_rope(&x, &ids, &table, [heads, kv_heads]).unwrap();
+        assert_eq!((q.dims(), k.dims(), v.dims()), (&[11, 3, 20][..], &[11, 2, 20][..], &[11, 2, 20][..]));
         let x = floats(&x);
-        let turned = |index: usize| {
-            let (row, i) = (index / (heads * head_dim), index % head_dim);
-            let half = head_dim / 2;
+        let turned = |row: usize, column: usize| {
+            let (index, i, half) = (row * width + column, column % head_dim, head_dim / 2);
             let angle = f64::from(positions[row]) * theta.powf(-2.0 * (i % half) as f64 / head_dim as f64);
             let other = if i < half { -x[index + half] } else { x[index - half] };
             f64::from(x[index]) * angle.cos() + f64::from(other) * angle.sin()
         };
-        check_close("rope", &got, &(0..x.len()).map(turned).collect::<Vec<_>>(), 1e-5);
-        check_bits("position 0", &got[..heads * head_dim], &x[..heads * head_dim]);
+        let columns = |range: std::ops::Range<usize>| (0..11).flat_map(move |row| range.clone().map(move |i| (row, i)));
+        let expected = |range| columns(range).map(|(row, i)| turned(row, i)).collect::<Vec<_>>();
+        check_close("queries", &floats(&q), &expected(0..60), 1e-5);
+        check_close("keys", &floats(&k), &expected(60..100), 1e-5);
+        let as_they_are: Vec<f32> = columns(100..140).map(|(row, i)| x[row * width + i]).collect();
+        check_bits("values", &floats(&v), &as_they_are);
+        check_bits("position 0", &floats(&q)[..60], &x[..60]);
     }
 
     #[test]
     fn rotation_keeps_scores_of_equal_distance() {
         let table = RopeTable::new(8, 100.0, 50, &Device::Cpu).unwrap();
-        let at = |seed, position: u32| {
-            let position = Tensor::new(&[position], &Device::Cpu).unwrap();
-            floats(&rope(&tensor(seed, (1, 1, 8)), &position, &table).unwrap())
-        };
+        let at = |seed, position: u32| floats(&rotated(&tensor(seed, (1, 24)), &[position], &table).unwrap()[0]);
         let score = |q, k| at(1, q).iter().zip(at(2, k)).map(|(q, k)| f64::from(q * k)).sum::<f64>();
         assert!((score(5, 2) - score(43, 40)).abs() < 1e-5);
         assert!((score(5, 2) - score(43, 41)).abs() > 1e-3);
@@ -181,12 +274,13 @@ mod tests {
     fn wrong_inputs_are_errors() {
         assert!(RopeTable::new(7, 10_000.0, 4, &Device::Cpu).is_err());
         let table = RopeTable::new(8, 10_000.0, 4, &Device::Cpu).unwrap();
-        let x = tensor(1, (1, 2, 8));
-        let at = |positions: &[u32]| Tensor::new(positions, &Device::Cpu).unwrap();
-        assert!(rope(&x, &at(&[3]), &table).is_ok());
-        assert!(rope(&x, &at(&[4]), &table).unwrap_err().to_string().contains("position 4"));
-        assert!(rope(&x, &at(&[1, 2]), &table).is_err());
-        assert!(rope(&tensor(1, (1, 2, 6)), &at(&[1]), &table).is_err());
-        assert!(rope(&x.transpose(1, 2).unwrap(), &at(&[1]), &table).is_err());
+        let x = tensor(1, (1, 24));
+        assert!(rotated(&x, &[3], &table).is_ok());
+        assert!(rotated(&x, &[4], &table).unwrap_err().to_string().contains("position 4"));
+        assert!(rotated(&x, &[1, 2], &table).is_err());
+        assert!(rotated(&tensor(1, (1, 18)), &[1], &table).is_err());
+        assert!(rotated(&tensor(1, (24, 2)).t().unwrap(), &[1, 1], &table).is_err());
+        let positions = Tensor::new(&[4u32], &Device::Cpu).unwrap();
+        assert!(split_rope_backward(&x, &positions, &table, [1, 1]).is_err());
     }
 }

@@ -2,6 +2,7 @@
 
 use candle_core::{CpuStorage, Layout, WithDType};
 use half::{bf16, f16};
+use std::borrow::Cow;
 
 /// The elements of a contiguous tensor, from its start offset on. Strided layouts and other types are errors that name `op`.
 pub(super) fn slice<'a, T: WithDType>(
@@ -57,6 +58,15 @@ impl<'a> Weights<'a> {
         }
     }
 
+    /// All elements as f32.
+    pub(super) fn widened(&self) -> Cow<'a, [f32]> {
+        match self {
+            Self::F32(all) => Cow::Borrowed(all),
+            Self::Bf16(all) => all.iter().map(|x| x.to_f32()).collect(),
+            Self::F16(all) => all.iter().map(|x| x.to_f32()).collect(),
+        }
+    }
+
     /// Elements `start..start + out.len()`, widened exactly.
     pub(super) fn widen(&self, start: usize, out: &mut [f32]) {
         let end = start + out.len();
@@ -87,11 +97,56 @@ impl<'a, T> Shared<'a, T> {
     /// Elements `start..start + len`; panics outside of the slice.
     ///
     /// # Safety
-    /// While the result lives, no other part may overlap it.
+    /// While the result lives, no other part may overlap it. Inside of [`written`], they must have been written before.
     #[allow(unsafe_code, clippy::mut_from_ref)]
     pub(super) unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
-        assert!(start <= self.len && len <= self.len - start, "a part outside of the slice");
+        self.check(start, len);
         // SAFETY: inside the slice borrowed for 'a (checked above), and not aliased (the caller's promise).
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
+
+    fn check(&self, start: usize, len: usize) {
+        assert!(start <= self.len && len <= self.len - start, "a part outside of the slice");
+    }
+}
+
+impl<T: Copy + Default> Shared<'_, T> {
+    /// Puts `values` at `start`; panics outside of the slice.
+    ///
+    /// # Safety
+    /// No part that lives may overlap them.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn write(&self, start: usize, values: &[T]) {
+        self.check(start, values.len());
+        // SAFETY: inside the slice (checked above); `values` is borrowed, so it is not part of a slice borrowed mutably.
+        unsafe { self.start.add(start).copy_from_nonoverlapping(values.as_ptr(), values.len()) }
+    }
+
+    /// Zeros as elements `start..start + len`, which are returned; panics outside of the slice.
+    ///
+    /// # Safety
+    /// While the result lives, no other part may overlap it.
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    pub(super) unsafe fn cleared(&self, start: usize, len: usize) -> &mut [T] {
+        self.check(start, len);
+        for i in start..start + len {
+            // SAFETY: inside the slice (checked above), and not aliased (the caller's promise).
+            unsafe { self.start.add(i).write(T::default()) }
+        }
+        // SAFETY: the same, and written just now.
+        unsafe { self.part(start, len) }
+    }
+}
+
+/// A vector of `len` elements that `write` writes, in memory that nobody cleared before: half of the traffic where it is large.
+///
+/// # Safety
+/// When `write` returns it must have written every element, by [`Shared::write`] or [`Shared::cleared`].
+#[allow(unsafe_code)]
+pub(super) unsafe fn written<T: Copy + Default>(len: usize, write: impl FnOnce(&Shared<'_, T>)) -> Vec<T> {
+    let mut all = Vec::with_capacity(len);
+    write(&Shared { start: all.as_mut_ptr(), len, _borrow: std::marker::PhantomData });
+    // SAFETY: the capacity was asked for, the elements are written (the caller's promise).
+    unsafe { all.set_len(len) };
+    all
 }

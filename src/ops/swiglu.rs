@@ -1,7 +1,7 @@
 //! SwiGLU: silu(gate) * up, silu(x) = x / (1 + e^-x).
 
 use super::lanes::{Body, Isa, Kernel, LANES, widen_tail};
-use super::parallel::for_each_chunk;
+use super::parallel::filled;
 use super::storage::slice;
 use crate::error::Result;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
@@ -34,8 +34,7 @@ impl CustomOp1 for Swiglu {
         }
         let width = double / 2;
         let gate_up: &[f32] = slice("swiglu", gate_up, layout)?;
-        let mut out = vec![0.0; rows * width];
-        for_each_chunk(&mut out, width, |row, out| {
+        let out = filled(rows * width, width, |row, out| {
             let (gate, up) = gate_up[row * double..][..double].split_at(width);
             self.body.run(Row { gate, up, out });
         });
@@ -65,8 +64,7 @@ impl CustomOp2 for SwigluGradient {
         }
         let gate_up: &[f32] = slice(self.name(), gate_up, layout)?;
         let dy: &[f32] = slice(self.name(), dy, dy_layout)?;
-        let mut out = vec![0.0; gate_up.len()];
-        for_each_chunk(&mut out, 2 * width, |row, out| {
+        let out = filled(gate_up.len(), 2 * width, |row, out: &mut [f32]| {
             let (gate, up) = gate_up[row * 2 * width..][..2 * width].split_at(width);
             let (d_gate, d_up) = out.split_at_mut(width);
             self.body.run(GradientRow { gate, up, dy: &dy[row * width..][..width], d_gate, d_up });

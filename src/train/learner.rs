@@ -36,6 +36,14 @@ pub struct Learner {
     pub device: Device,
 }
 
+/// The derivative of the loss by each text's value, `[texts]`.
+pub enum Slopes<'a> {
+    /// Of every text the same, whatever the model says of it: its logits are then computed once.
+    Same(f64),
+    /// They follow from what the model says.
+    Of(&'a mut dyn FnMut(&[Reading]) -> Vec<f64>),
+}
+
 /// Texts end to end, blind to each other.
 struct Segments<'a> {
     starts: &'a [usize],
@@ -50,7 +58,7 @@ impl Attention for Segments<'_> {
 }
 
 impl AttentionGradient for Segments<'_> {
-    fn attend_backward(&self, qkv: [&Tensor; 3], d_attended: &Tensor) -> Result<[Tensor; 3]> {
+    fn attend_backward(&self, qkv: [&Tensor; 3], d_attended: &Tensor) -> Result<Tensor> {
         packed_attention_backward(qkv, d_attended, self.starts, self.window, self.scale)
     }
 }
@@ -64,28 +72,20 @@ impl Learner {
         let [tokens, positions] = self.inputs(packed)?;
         let hidden = self.model.decoder.forward(&tokens, &positions, &self.segments(packed))?;
         let rows = Rows::of(packed, &self.model.head);
-        let hidden = rows.select(&hidden)?;
-        rows.readings(packed, &self.model.head, &hidden)
+        rows.readings(&self.model.head, &rows.select(&hidden)?)
     }
 
-    /// What the model says of each text of `packed`; adds to the gradient of every trained weight what follows from `slopes`, which
-    /// gives the derivative of the loss by each text's value, `[texts]`.
+    /// What the model says of each text of `packed`; adds to the gradient of every trained weight what follows from `slopes`.
     ///
     /// # Errors
     /// As [`Learner::read`].
-    pub fn learn(&self, packed: &Packed, slopes: impl FnOnce(&[Reading]) -> Vec<f64>) -> Result<Vec<Reading>> {
+    pub fn learn(&self, packed: &Packed, slopes: Slopes<'_>) -> Result<Vec<Reading>> {
         let [tokens, positions] = self.inputs(packed)?;
         let (segments, head) = (self.segments(packed), &self.model.head);
         let tape = self.model.decoder.forward_kept(&tokens, &positions, &segments, self.keep)?;
         let rows = Rows::of(packed, head);
         let hidden = rows.select(tape.hidden())?;
-        let readings = rows.readings(packed, head, &hidden)?;
-        let slopes = slopes(&readings);
-        let of_rows: Vec<f32> = rows.texts.iter().map(|&text| slopes[text as usize] as f32).collect();
-        let d_rows = match head {
-            Head::Language(head) => head.target_scores_backward(&hidden, &rows.tokens, &of_rows)?,
-            Head::Reward(head) => head.backward(&hidden, &of_rows)?,
-        };
+        let (readings, d_rows) = rows.learn(head, &hidden, slopes)?;
         let d_hidden = tape.hidden().zeros_like()?.index_add(&rows.indices(&self.device)?, &d_rows, 0)?;
         tape.backward(&d_hidden)?;
         Ok(readings)
@@ -110,6 +110,8 @@ struct Rows {
     tokens: Vec<u32>,
     /// `[R]`: the texts they belong to.
     texts: Vec<u32>,
+    /// How many texts there are.
+    count: usize,
 }
 
 impl Rows {
@@ -120,11 +122,13 @@ impl Rows {
                 rows: packed.targets.iter().map(|target| target.row).collect(),
                 tokens: packed.targets.iter().map(|target| target.token).collect(),
                 texts: packed.targets.iter().map(|target| target.text).collect(),
+                count: packed.starts.len() - 1,
             },
             Head::Reward(_) => Self {
                 rows: packed.starts[1..].iter().map(|end| *end as u32 - 1).collect(),
                 tokens: Vec::new(),
                 texts: (0..packed.starts.len() as u32 - 1).collect(),
+                count: packed.starts.len() - 1,
             },
         }
     }
@@ -139,25 +143,47 @@ impl Rows {
     }
 
     /// What `head` says of each text, from its rows of hidden states `[R, hidden]`.
-    fn readings(&self, packed: &Packed, head: &Head, hidden: &Tensor) -> Result<Vec<Reading>> {
-        let mut readings = vec![Reading::default(); packed.starts.len() - 1];
+    fn readings(&self, head: &Head, hidden: &Tensor) -> Result<Vec<Reading>> {
         match head {
-            Head::Language(head) => {
-                for (TargetScore { logprob, entropy, correct }, text) in
-                    head.target_scores(hidden, &self.tokens)?.into_iter().zip(&self.texts)
-                {
-                    let reading = &mut readings[*text as usize];
-                    reading.value += f64::from(logprob);
-                    reading.targets += 1;
-                    reading.entropy += f64::from(entropy);
-                    reading.correct += usize::from(correct);
-                }
-            }
+            Head::Language(head) => Ok(self.gather(&head.target_scores(hidden, &self.tokens)?)),
             Head::Reward(head) => {
                 let rewards: Vec<f32> = head.apply(hidden)?.to_vec1()?;
-                readings.iter_mut().zip(rewards).for_each(|(reading, reward)| reading.value = f64::from(reward));
+                let reading = |reward: f32| Reading { value: f64::from(reward), ..Reading::default() };
+                Ok(rewards.into_iter().map(reading).collect())
             }
         }
-        Ok(readings)
+    }
+
+    /// As [`Rows::readings`], and the gradient of the rows of hidden states; that of the head's weight is added to its own.
+    fn learn(&self, head: &Head, hidden: &Tensor, slopes: Slopes<'_>) -> Result<(Vec<Reading>, Tensor)> {
+        if let (Head::Language(head), Slopes::Same(slope)) = (head, &slopes) {
+            let slopes = vec![*slope as f32; self.texts.len()];
+            let (scores, d_rows) = head.learn_targets(hidden, &self.tokens, &slopes)?;
+            return Ok((self.gather(&scores), d_rows));
+        }
+        let readings = self.readings(head, hidden)?;
+        let slopes = match slopes {
+            Slopes::Same(slope) => vec![slope; self.count],
+            Slopes::Of(slopes) => slopes(&readings),
+        };
+        let slopes: Vec<f32> = self.texts.iter().map(|&text| slopes[text as usize] as f32).collect();
+        let d_rows = match head {
+            Head::Language(head) => head.learn_targets(hidden, &self.tokens, &slopes)?.1,
+            Head::Reward(head) => head.backward(hidden, &slopes)?,
+        };
+        Ok((readings, d_rows))
+    }
+
+    /// The scores of all targets, text by text.
+    fn gather(&self, scores: &[TargetScore]) -> Vec<Reading> {
+        let mut readings = vec![Reading::default(); self.count];
+        for (TargetScore { logprob, entropy, correct }, text) in scores.iter().zip(&self.texts) {
+            let reading = &mut readings[*text as usize];
+            reading.value += f64::from(*logprob);
+            reading.targets += 1;
+            reading.entropy += f64::from(*entropy);
+            reading.correct += usize::from(*correct);
+        }
+        readings
     }
 }

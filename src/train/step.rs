@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::batch::{Packed, micro_batches};
 use super::example::{Example, Text};
-use super::learner::{Learner, Reading};
+use super::learner::{Learner, Reading, Slopes};
 use super::objective::{self, AnswerLoss, KtoTerms, Likelihood, PairLoss, RewardTerms, kto_baseline};
 use crate::error::{Error, Result};
 
@@ -196,9 +196,12 @@ impl Objective {
                     vec![0.0; readings.len()]
                 }
             };
-            match pass {
-                Pass::Learn => drop(learner.learn(&packed, slopes)?),
-                Pass::Read => drop(slopes(&learner.read(&packed)?)),
+            match (pass, self) {
+                (Pass::Learn, Self::Sft) => {
+                    drop(slopes(&learner.learn(&packed, Slopes::Same(-1.0 / step.count))?));
+                }
+                (Pass::Learn, _) => drop(learner.learn(&packed, Slopes::Of(&mut slopes))?),
+                (Pass::Read, _) => drop(slopes(&learner.read(&packed)?)),
             }
             if let Some(error) = failed {
                 return Err(error);

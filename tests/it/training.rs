@@ -10,7 +10,7 @@ use eurus::model::tape::Keep;
 use eurus::ops::parameter::Parameter;
 use eurus::train::batch::Packed;
 use eurus::train::example::{Example, Text};
-use eurus::train::learner::Learner;
+use eurus::train::learner::{Learner, Slopes};
 use eurus::train::optimizer::{AdamWOptions, Optimizer};
 use eurus::train::step::{Batch, Objective, Pass, Tally, mismatched, read};
 use serde_json::Value;
@@ -337,8 +337,10 @@ fn readings_have_the_bits_of_serving_in_every_pack() {
             let expected: f64 = served.iter().map(|number| f64::from(*number)).sum();
             let what = format!("{name}, {} tokens", text.tokens.len());
             assert_eq!(reading.value.to_bits(), expected.to_bits(), "{what}: {} and {expected}", reading.value);
-            let alone = learner.learn(&Packed::new(&[text]), |_| vec![1.0]).unwrap();
-            assert_eq!(alone[0].value.to_bits(), expected.to_bits(), "{what} alone");
+            for slopes in [Slopes::Same(1.0), Slopes::Of(&mut |_| vec![1.0])] {
+                let alone = learner.learn(&Packed::new(&[text]), slopes).unwrap();
+                assert_eq!(alone[0].value.to_bits(), expected.to_bits(), "{what} alone");
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use super::lanes::Body;
 use super::parallel;
-use super::storage::{Shared, slice};
+use super::storage::{Shared, slice, written};
 use crate::error::Result;
 use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Storage, Tensor};
 use rows::{Heads, Rows, Span};
@@ -59,19 +59,17 @@ pub fn packed_attention(
     Ok(q.apply_op3_no_bwd(k, v, &op)?)
 }
 
-/// The gradients of `q`, `k` and `v` from `dout` `[T, heads * head_dim]` f32, that of [`packed_attention`]'s result.
+/// The gradients of `q`, `k` and `v` side by side, `[T, (heads + 2 * kv_heads) * head_dim]`, from `dout` `[T, heads * head_dim]` f32,
+/// that of [`packed_attention`]'s result.
 pub fn packed_attention_backward(
     [q, k, v]: [&Tensor; 3],
     dout: &Tensor,
     starts: &[usize],
     window: Option<usize>,
     scale: f32,
-) -> Result<[Tensor; 3]> {
+) -> Result<Tensor> {
     let op = PackedGradient { dout: dout.clone(), starts: starts.to_vec(), window, scale, body: Body::best() };
-    let all = q.apply_op3_no_bwd(k, v, &op)?;
-    let (q_count, k_count) = (q.elem_count(), k.elem_count());
-    let part = |first, x: &Tensor| -> Result<Tensor> { Ok(all.narrow(0, first, x.elem_count())?.reshape(x.shape())?) };
-    Ok([part(0, q)?, part(q_count, k)?, part(q_count + k_count, v)?])
+    Ok(q.apply_op3_no_bwd(k, v, &op)?)
 }
 
 struct Paged<'a> {
@@ -219,7 +217,7 @@ fn packed_shape(
     Ok((rows, Heads { heads, kv_heads, head_dim, window, scale }))
 }
 
-/// The gradients of queries, keys and values, one after the other in one row of numbers.
+/// The gradients of queries, keys and values, side by side.
 struct PackedGradient {
     /// `[T, heads * head_dim]`; here because candle's operations take three tensors.
     dout: Tensor,
@@ -255,11 +253,10 @@ impl CustomOp3 for PackedGradient {
         let k: &[f32] = slice(self.name(), k, k_layout)?;
         let v: &[f32] = slice(self.name(), v, v_layout)?;
         let share = heads / kv_heads;
-        let mut out = vec![0.0; q.len() + k.len() + v.len()];
-        let shared = &Shared::new(&mut out);
+        let width = (heads + 2 * kv_heads) * head_dim;
         let mut segments: Vec<&[usize]> = self.starts.windows(2).collect();
         segments.sort_by_key(|bounds| std::cmp::Reverse(bounds[1] - bounds[0]));
-        parallel::for_each(segments.len() * kv_heads, |index| {
+        let piece = |index: usize, out: &Shared<'_, f32>| {
             let (bounds, kv_head) = (segments[index / kv_heads], index % kv_heads);
             let (first, len) = (bounds[0], bounds[1] - bounds[0]);
             let q_at = |row: usize, head: usize| ((first + row) * heads + kv_head * share + head) * head_dim;
@@ -274,23 +271,28 @@ impl CustomOp3 for PackedGradient {
                 v: &|row| &v[k_at(row)..][..head_dim],
             };
             let gradients = segment.gradients();
-            let write = |start: usize, from: &[f32]| {
-                // SAFETY: rows of a segment and key head belong to one index of this loop, so no other thread has them.
-                #[allow(unsafe_code)]
-                let out = unsafe { shared.part(start, head_dim) };
-                out.copy_from_slice(&from[..head_dim]);
-            };
             for row in 0..len {
-                let at = row * gradients.width;
+                let write = |head: usize, from: &[f32]| {
+                    let start = (first + row) * width + head * head_dim;
+                    // SAFETY: rows of a segment and key head belong to one index of this loop, so no other thread has them.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        out.write(start, &from[row * gradients.width..][..head_dim]);
+                    }
+                };
                 for (head, dq) in gradients.dq.iter().enumerate() {
-                    write(q_at(row, head), &dq[at..]);
+                    write(kv_head * share + head, dq);
                 }
-                write(q.len() + k_at(row), &gradients.dk[at..]);
-                write(q.len() + k.len() + k_at(row), &gradients.dv[at..]);
+                write(heads + kv_head, &gradients.dk);
+                write(heads + kv_heads + kv_head, &gradients.dv);
             }
-        });
-        let shape = Shape::from(out.len());
-        Ok((CpuStorage::F32(out), shape))
+        };
+        // SAFETY: all heads of all rows of all segments, which cover the rows, are everything.
+        #[allow(unsafe_code)]
+        let out = unsafe {
+            written(rows * width, |out| parallel::for_each(segments.len() * kv_heads, |index| piece(index, out)))
+        };
+        Ok((CpuStorage::F32(out), Shape::from((rows, width))))
     }
 }
 

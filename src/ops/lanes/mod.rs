@@ -10,7 +10,9 @@ mod x86;
 
 use portable::Portable;
 #[cfg(target_arch = "x86_64")]
-use x86::{Avx2, Avx512};
+use x86::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::Avx512;
 
 /// Lanes of a vector; also the number of partial sums of every dot product.
 pub(super) const LANES: usize = 16;
@@ -25,6 +27,11 @@ pub(super) trait Isa: Copy + Send + Sync {
     /// Runs `kernel` compiled for this instruction set.
     fn call<K: Kernel>(self, kernel: K) -> K::Output;
     fn splat(self, x: f32) -> Self::V;
+    /// [`Isa::splat`] in a register of its own, where the compiler would read `x` again at every use.
+    #[inline(always)]
+    fn broadcast(self, x: f32) -> Self::V {
+        self.splat(x)
+    }
     fn load(self, x: &[f32; LANES]) -> Self::V;
     fn load_bf16(self, x: &[bf16; LANES]) -> Self::V;
     fn load_f16(self, x: &[f16; LANES]) -> Self::V;

@@ -14,7 +14,7 @@ pub(in crate::ops) struct Avx512(());
 pub(in crate::ops) struct Avx2(());
 
 impl Avx512 {
-    pub(super) fn detect() -> Option<Self> {
+    pub(in crate::ops) fn detect() -> Option<Self> {
         (is_x86_feature_detected!("avx512f") && Avx2::detect().is_some()).then_some(Self(()))
     }
 }
@@ -53,6 +53,12 @@ impl Isa for Avx512 {
     fn splat(self, x: f32) -> __m512 {
         // SAFETY: `self` is proof of AVX-512F; the same holds for every block of this implementation.
         unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn broadcast(self, x: f32) -> __m512 {
+        // SAFETY: AVX-512F.
+        unsafe { in_register(x) }
     }
 
     #[inline(always)]
@@ -207,6 +213,16 @@ impl Isa for Avx512 {
             out
         }
     }
+}
+
+/// `x` in every lane, of a register whose origin the compiler does not know.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn in_register(x: f32) -> __m512 {
+    let mut v = _mm512_set1_ps(x);
+    // SAFETY: no instruction at all.
+    unsafe { std::arch::asm!("/* {0} */", inout(zmm_reg) v, options(pure, nomem, nostack, preserves_flags)) }
+    v
 }
 
 /// Both halves of a added, then both halves of b.

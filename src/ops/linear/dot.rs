@@ -1,43 +1,37 @@
 //! The dense product for few rows: dot products of rows with columns as they lie in memory, widened in the registers.
 //! Bound by reading the weight, so every column is read once, as several streams a thread.
 
-use super::panels;
+use super::blocks::Sizes;
+use super::float;
 use crate::ops::lanes::{Body, Element, Isa, Kernel, LANES, add_products, widen_tail};
 use crate::ops::parallel;
 use crate::ops::storage::Shared;
 
-/// From this many rows on, rearranging both operands into panels pays.
+/// From this many rows on, rearranging the weight into panels pays.
 const ROWS_PANELS: usize = 24;
 /// Columns that a thread takes at a time, at most: enough for eight streams of dozens of KiB.
 const COLUMNS_MAX: usize = 256;
 /// How far ahead of use the weight is asked for; the hardware alone stops at each 4 KiB boundary.
 const PREFETCH_BYTES: usize = 2048;
 
-/// Sizes of one product: `x` `[rows, k]`, `weight` `[columns, k]`, `y` `[rows, columns]`.
-#[derive(Clone, Copy)]
-pub(super) struct Shape {
-    pub(super) rows: usize,
-    pub(super) columns: usize,
-    pub(super) k: usize,
-}
-
-/// y = x W^T on contiguous row-major slices.
-pub(super) fn product<E: Element>(body: Body, x: &[f32], weight: &[E], y: &mut [f32], shape: Shape) {
-    assert!(x.len() == shape.rows * shape.k && weight.len() == shape.columns * shape.k);
-    assert!(y.len() == shape.rows * shape.columns);
-    if shape.rows == 0 || shape.k == 0 {
-        return; // no sums, or sums of nothing
+/// y = x W^T on contiguous row-major slices: `x` `[rows, k]`, `weight` `[columns, k]` to `[rows, columns]`.
+pub(super) fn product<E: Element>(body: Body, x: &[f32], weight: &[E], sizes: Sizes) -> Vec<f32> {
+    assert!(x.len() == sizes.rows * sizes.k && weight.len() == sizes.columns * sizes.k);
+    if sizes.rows >= ROWS_PANELS {
+        return float::product(body, x, weight, sizes);
     }
-    if shape.rows >= ROWS_PANELS {
-        return panels::product(body, x, weight, y, shape);
+    let mut out = vec![0.0; sizes.rows * sizes.columns];
+    if out.is_empty() || sizes.k == 0 {
+        return out; // no sums, or sums of nothing
     }
-    let y = &Shared::new(y);
-    let size = shape.columns.div_ceil(4 * parallel::threads()).next_multiple_of(8).min(COLUMNS_MAX);
-    parallel::for_each(shape.columns.div_ceil(size), |index| {
+    let y = &Shared::new(&mut out);
+    let size = sizes.columns.div_ceil(4 * parallel::threads()).next_multiple_of(8).min(COLUMNS_MAX);
+    parallel::for_each(sizes.columns.div_ceil(size), |index| {
         let first = index * size;
-        let last = shape.columns.min(first + size);
-        Columns { body, x, weight, y, shape, first, last }.compute();
+        let last = sizes.columns.min(first + size);
+        Columns { body, x, weight, y, sizes, first, last }.compute();
     });
+    out
 }
 
 /// Columns `first..last` of every row.
@@ -46,7 +40,7 @@ struct Columns<'a, E> {
     x: &'a [f32],
     weight: &'a [E],
     y: &'a Shared<'a, f32>,
-    shape: Shape,
+    sizes: Sizes,
     first: usize,
     last: usize,
 }
@@ -54,7 +48,7 @@ struct Columns<'a, E> {
 impl<E: Element> Columns<'_, E> {
     fn compute(&self) {
         // As many running sums as the registers hold, and enough to hide the latency of the addition.
-        match (self.body.is_wide(), self.shape.rows) {
+        match (self.body.is_wide(), self.sizes.rows) {
             (true, 1..=3) => self.streams::<3, 8>(),
             (true, _) => self.streams::<6, 4>(),
             (false, 1) => self.streams::<1, 4>(),
@@ -75,7 +69,7 @@ impl<E: Element> Columns<'_, E> {
 
     /// C columns of all rows.
     fn strip<const R: usize, const C: usize>(&self, columns: [usize; C]) {
-        let rows = self.shape.rows;
+        let rows = self.sizes.rows;
         let height = rows.div_ceil(rows.div_ceil(R));
         for row in (0..rows).step_by(height) {
             match height.min(rows - row) {
@@ -91,7 +85,7 @@ impl<E: Element> Columns<'_, E> {
     }
 
     fn tile<const R: usize, const C: usize>(&self, row: usize, columns: [usize; C]) {
-        let k = self.shape.k;
+        let k = self.sizes.k;
         let x: [&[f32]; R] = std::array::from_fn(|r| &self.x[(row + r) * k..][..k]);
         let w = columns.map(|column| &self.weight[column * k..][..k]);
         let dots: [[f32; C]; R] = self.body.run(Dots { x, w });
@@ -99,7 +93,7 @@ impl<E: Element> Columns<'_, E> {
             for (column, dot) in columns.into_iter().zip(dots) {
                 // SAFETY: columns belong to one index of the loop in `product` each, so no other thread has this element.
                 #[allow(unsafe_code)]
-                let out = unsafe { self.y.part((row + r) * self.shape.columns + column, 1) };
+                let out = unsafe { self.y.part((row + r) * self.sizes.columns + column, 1) };
                 out[0] = dot;
             }
         }
@@ -150,7 +144,7 @@ impl<E: Element, const R: usize, const C: usize> Kernel for Dots<'_, E, R, C> {
 
 /// The results of one row from its running sums.
 #[inline(always)]
-pub(super) fn fold<I: Isa, const C: usize>(isa: I, sums: &[I::V; C]) -> [f32; C] {
+fn fold<I: Isa, const C: usize>(isa: I, sums: &[I::V; C]) -> [f32; C] {
     let mut out = [0.0; C];
     let (fours, rest) = sums.as_chunks();
     let (out_fours, out_rest) = out.as_chunks_mut();

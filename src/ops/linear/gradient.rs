@@ -1,12 +1,13 @@
 //! The gradients of a linear layer: dx = dy W and dW += dy^T x.
 
-use super::brain::{self, Right};
-use super::outer::{Left, Sizes, add_product};
+use super::blocks::Sizes;
+use super::brain::{self, Left, Right};
+use super::float;
 use crate::error::Result;
 use crate::ops::lanes::Body;
 use crate::ops::parameter::{Parameter, Precision};
 use crate::ops::storage::{Weights, slice, slice_mut};
-use candle_core::{CpuStorage, CustomOp2, DType, InplaceOp3, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, InplaceOp3, Layout, Shape, Tensor};
 
 /// dx `[T, in]` from `x` `[T, in]` and `dy` `[T, out]`, both contiguous; dW is added to the gradient of a trained weight.
 pub(super) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor) -> Result<Tensor> {
@@ -14,10 +15,7 @@ pub(super) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor) -> Result<Te
     if let Some(gradient) = weight.gradient() {
         gradient.inplace_op3(dy, x, &OfWeight { body, precision })?;
     }
-    Ok(match precision {
-        Precision::F32 => dy.apply_op2_no_bwd(weight.value(), &OfInput { body, precision })?,
-        Precision::Bf16 => dy.apply_op2_no_bwd(&weight.value().to_dtype(DType::F32)?, &OfInput { body, precision })?,
-    })
+    Ok(dy.apply_op2_no_bwd(weight.value(), &OfInput { body, precision })?)
 }
 
 /// `dy` `[T, out]`, `weight` `[out, in]` to dx `[T, in]`.
@@ -43,17 +41,17 @@ impl CustomOp2 for OfInput {
         if k != weight_k {
             candle_core::bail!("{}: {k} outputs, the weight gives {weight_k}", self.name());
         }
-        let dy = Left::Rows(slice(self.name(), dy, dy_layout)?);
-        let mut dx = vec![0.0; rows * columns];
+        let dy = slice(self.name(), dy, dy_layout)?;
         let sizes = Sizes { rows, columns, k };
-        match Weights::new(self.name(), weight, weight_layout)? {
-            Weights::F32(weight) if self.precision == Precision::Bf16 => {
-                brain::add_product(self.body, &mut dx, dy, Right::Rows(weight), sizes);
+        let weight = Weights::new(self.name(), weight, weight_layout)?;
+        let dx = match (self.precision, weight) {
+            (Precision::F32, Weights::F32(weight)) => float::outer_product(self.body, dy, weight, sizes),
+            (Precision::F32, Weights::Bf16(weight)) => float::outer_product(self.body, dy, weight, sizes),
+            (Precision::F32, Weights::F16(weight)) => float::outer_product(self.body, dy, weight, sizes),
+            (Precision::Bf16, weight) => {
+                brain::product(self.body, Left::Rows(dy), Right::Rows(&weight.widened()), sizes)
             }
-            Weights::F32(weight) => add_product(self.body, &mut dx, dy, weight, sizes),
-            Weights::Bf16(weight) => add_product(self.body, &mut dx, dy, weight, sizes),
-            Weights::F16(weight) => add_product(self.body, &mut dx, dy, weight, sizes),
-        }
+        };
         Ok((CpuStorage::F32(dx), Shape::from((rows, columns))))
     }
 }
@@ -84,13 +82,15 @@ impl InplaceOp3 for OfWeight {
             let (dy, x) = (dy_layout.dims(), x_layout.dims());
             candle_core::bail!("{}: {:?} from {dy:?} and {x:?}", self.name(), layout.dims());
         }
-        let dy = Left::Columns(slice(self.name(), dy, dy_layout)?);
+        let dy: &[f32] = slice(self.name(), dy, dy_layout)?;
         let x: &[f32] = slice(self.name(), x, x_layout)?;
         let gradient = slice_mut(self.name(), gradient, layout)?;
         let sizes = Sizes { rows, columns, k };
         match self.precision {
-            Precision::F32 => add_product(self.body, gradient, dy, x, sizes),
-            Precision::Bf16 => brain::add_product(self.body, gradient, dy, Right::Rows(x), sizes),
+            Precision::F32 => float::add_outer_product(self.body, gradient, dy, x, sizes),
+            Precision::Bf16 => {
+                brain::add_product(self.body, gradient, Left::Columns(dy), Right::Rows(x), sizes);
+            }
         }
         Ok(())
     }

@@ -8,15 +8,15 @@ use crate::error::{Error, Result};
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor};
 
 pub mod adapter;
+mod blocks;
 mod brain;
 mod dot;
+mod float;
 mod gradient;
-mod outer;
-mod panels;
 
 use adapter::Adapter;
-use brain::Right;
-use outer::{Left, Sizes};
+use blocks::Sizes;
+use brain::{Left, Right};
 
 /// A linear layer without bias.
 #[derive(Debug, Clone)]
@@ -81,45 +81,14 @@ impl Linear {
 
 /// `x` `[T, in]` f32 and `weight` `[out, in]` to `[T, out]`.
 fn product(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
-    let body = Body::best();
-    Ok(match weight.precision() {
-        Precision::F32 => x.apply_op2_no_bwd(weight.value(), &Product { body })?,
-        Precision::Bf16 => x.apply_op2_no_bwd(&weight.value().to_dtype(DType::F32)?, &Rounded { body })?,
-    })
-}
-
-/// As [`Product`] of an f32 weight, the operands rounded to bf16.
-struct Rounded {
-    body: Body,
-}
-
-impl CustomOp2 for Rounded {
-    fn name(&self) -> &'static str {
-        "linear in bf16"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let ((rows, k), (columns, weight_k)) = (x_layout.shape().dims2()?, weight_layout.shape().dims2()?);
-        if k != weight_k {
-            candle_core::bail!("{}: the input has {k} features, the weight takes {weight_k}", self.name());
-        }
-        let x = Left::Rows(slice(self.name(), x, x_layout)?);
-        let weight = Right::Columns(slice(self.name(), weight, weight_layout)?);
-        let mut y = vec![0.0; rows * columns];
-        brain::add_product(self.body, &mut y, x, weight, Sizes { rows, columns, k });
-        Ok((CpuStorage::F32(y), Shape::from((rows, columns))))
-    }
+    let product = Product { body: Body::best(), precision: weight.precision() };
+    Ok(x.apply_op2_no_bwd(weight.value(), &product)?)
 }
 
 /// `x` `[T, in]`, `weight` `[out, in]` to `[T, out]`.
 struct Product {
     body: Body,
+    precision: Precision,
 }
 
 impl CustomOp2 for Product {
@@ -140,13 +109,16 @@ impl CustomOp2 for Product {
             candle_core::bail!("linear: the input has {k} features, the weight takes {weight_k}");
         }
         let x = slice("linear", x, x_layout)?;
-        let mut y = vec![0.0; rows * columns];
-        let shape = dot::Shape { rows, columns, k };
-        match Weights::new("linear", weight, weight_layout)? {
-            Weights::F32(weight) => dot::product(self.body, x, weight, &mut y, shape),
-            Weights::Bf16(weight) => dot::product(self.body, x, weight, &mut y, shape),
-            Weights::F16(weight) => dot::product(self.body, x, weight, &mut y, shape),
-        }
+        let sizes = Sizes { rows, columns, k };
+        let weight = Weights::new("linear", weight, weight_layout)?;
+        let y = match (self.precision, weight) {
+            (Precision::F32, Weights::F32(weight)) => dot::product(self.body, x, weight, sizes),
+            (Precision::F32, Weights::Bf16(weight)) => dot::product(self.body, x, weight, sizes),
+            (Precision::F32, Weights::F16(weight)) => dot::product(self.body, x, weight, sizes),
+            (Precision::Bf16, weight) => {
+                brain::product(self.body, Left::Rows(x), Right::Columns(&weight.widened()), sizes)
+            }
+        };
         Ok((CpuStorage::F32(y), Shape::from((rows, columns))))
     }
 }

@@ -16,7 +16,7 @@ fn naive(x: &Tensor, weight: &Tensor) -> Vec<f64> {
 }
 
 fn run(body: Body, x: &Tensor, weight: &Tensor) -> Vec<f32> {
-    floats(&x.apply_op2_no_bwd(weight, &Product { body }).unwrap())
+    floats(&x.apply_op2_no_bwd(weight, &Product { body, precision: Precision::F32 }).unwrap())
 }
 
 #[test]
@@ -130,9 +130,9 @@ fn gradients_have_the_same_bits_on_every_body_and_with_any_number_of_threads() {
     let (rows, columns, k) = (131, 90, 150);
     let (a, b) = (numbers(1, rows * k), numbers(2, k * columns));
     let run = |body| {
-        let mut c = numbers(3, rows * columns);
-        let sizes = outer::Sizes { rows, columns, k };
-        outer::add_product(body, &mut c, outer::Left::Rows(&a), &b, sizes);
+        let sizes = Sizes { rows, columns, k };
+        let mut c = float::outer_product(body, &a, &b, sizes);
+        float::add_outer_product(body, &mut c, &a, &b, sizes);
         c
     };
     let before = threads();
