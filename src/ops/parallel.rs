@@ -353,6 +353,10 @@ mod tests {
             for_each_chunk(&mut data, chunk, |index, chunk| chunk.iter_mut().for_each(|x| *x += 1.0 + index as f32));
             let expected: Vec<f32> = (0..len).map(|i| 1.0 + (i / chunk.max(1)) as f32).collect();
             assert_eq!(data, expected);
+            let new = filled(len, chunk, |index, chunk: &mut [f32]| {
+                chunk.iter_mut().for_each(|x| *x += 1.0 + index as f32);
+            });
+            assert_eq!(new, expected);
         }
     }
 

@@ -4,7 +4,7 @@ use super::{gradient, product};
 use crate::error::{Error, Result};
 use crate::ops::accumulate::{add_to, add_to_columns};
 use crate::ops::parameter::Parameter;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use std::ops::Range;
 
 /// A correction to consecutive outputs of a layer.
@@ -41,14 +41,16 @@ impl Adapter {
         [&self.a, &self.b]
     }
 
-    /// Adds scale * B A to the rows of `weight` `[out, in]` that give these outputs.
+    /// Adds scale * B A to the rows of `weight` `[out, in]` that give these outputs. In float32 whatever `weight` is: a correction is
+    /// often smaller than a step of bf16.
     ///
     /// # Errors
     /// If a tensor operation fails.
     pub fn merged(&self, weight: &Tensor) -> Result<Tensor> {
         let delta = product(self.b.value(), &self.a.value().t()?.contiguous()?.into())?;
-        let rows = weight.narrow(0, self.outputs.start, self.outputs.len())?.to_dtype(delta.dtype())?;
-        let rows = (rows + (delta * f64::from(self.scale))?)?.to_dtype(weight.dtype())?;
+        let weight = weight.to_dtype(DType::F32)?;
+        let rows = weight.narrow(0, self.outputs.start, self.outputs.len())?;
+        let rows = (rows + (delta * f64::from(self.scale))?)?;
         Ok(weight.slice_assign(&[self.outputs.clone(), 0..weight.dim(1)?], &rows)?)
     }
 

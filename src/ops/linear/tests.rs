@@ -155,7 +155,12 @@ fn an_adapter_is_a_low_rank_change_of_the_weight() {
         Adapter::new(0..5, part(4, (3, 20)), part(5, (5, 3)), 0.5).unwrap(),
         Adapter::new(7..12, part(6, (2, 20)), part(7, (5, 2)), 2.0).unwrap(),
     ];
-    let merged = adapters.iter().fold(weight.clone(), |weight, adapter| adapter.merged(&weight).unwrap());
+    let merge =
+        |weight: &Tensor| adapters.iter().fold(weight.clone(), |weight, adapter| adapter.merged(&weight).unwrap());
+    let merged = merge(&weight);
+    let coarse = weight.to_dtype(DType::BF16).unwrap();
+    let fine = floats(&merge(&coarse.to_dtype(DType::F32).unwrap()));
+    check_bits("a coarse weight loses nothing", &floats(&merge(&coarse)), &fine);
     let layer = Linear::Adapted(weight.into(), adapters.clone());
     check_close("y", &floats(&layer.forward(&x).unwrap()), &naive(&x, &merged), 1e-4);
     let dx = layer.backward(&x, &dy).unwrap();
