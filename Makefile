@@ -1,5 +1,5 @@
 # Names commands, holds no logic. `make` lists them.
-.PHONY: help build test ci clients serve health fmt lint doc bench bon-curve mini image
+.PHONY: help build test ci clients serve health fmt lint doc bench bon-curve mini image cuda-toolchain
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,5 +29,7 @@ bon-curve: ## accuracy of best-of-n on the held-out problems of eurus-mini
 mini: ## the miniature study: trees, policy, reward models, preference learning, best-of-n; hours
 	cargo build --release
 	training/mini.sh
+cuda-toolchain: ## the CUDA 13.0 compiler, from wheels, in .cuda
+	kernels/toolchain.sh
 image: ## container image for CPUs
 	docker build -t eurus .

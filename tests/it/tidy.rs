@@ -32,8 +32,8 @@ fn files(folder: &str, endings: &[&str]) -> Vec<String> {
         for entry in entries {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_str().unwrap().to_string();
-            let foreign =
-                [".cargo", ".git", "target", "__pycache__"].contains(&name.as_str()) || name.starts_with(".venv");
+            let foreign = [".cargo", ".cuda", ".git", "target", "__pycache__"].contains(&name.as_str())
+                || name.starts_with(".venv");
             if foreign || path.is_symlink() {
                 continue;
             } else if path.is_dir() {
