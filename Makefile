@@ -1,5 +1,6 @@
 # Names commands, holds no logic. `make` lists them.
-.PHONY: help build test ci clients serve health fmt lint doc bench bon-curve mini image cuda-toolchain
+.PHONY: help build test ci clients serve health fmt lint doc bench bon-curve mini image cuda-toolchain kernels emulator \
+	planted-bugs sanitize-kernels
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,5 +32,13 @@ mini: ## the miniature study: trees, policy, reward models, preference learning,
 	training/mini.sh
 cuda-toolchain: ## the CUDA 13.0 compiler, from wheels, in .cuda
 	kernels/toolchain.sh
+kernels: cuda-toolchain ## compiles the kernels for GPUs, runs them in the emulator, checks what the compiler made of them
+	cargo test --features cuda,emulator --test kernels
+emulator: ## the kernels in the emulator alone: needs g++, no CUDA
+	cargo test --features emulator --test kernels
+planted-bugs: ## kernels with errors planted in them: how many random shapes notice
+	cargo test --features emulator --test kernels planted -- --nocapture
+sanitize-kernels: ## the kernels in the emulator under the address sanitiser
+	kernels/emulator/sanitize.sh
 image: ## container image for CPUs
 	docker build -t eurus .

@@ -7,6 +7,7 @@ pub mod accumulate;
 pub mod adamw;
 pub mod attention;
 pub mod embed;
+pub mod kernels;
 pub mod kv_write;
 mod lanes;
 pub mod linear;
