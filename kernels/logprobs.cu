@@ -16,7 +16,8 @@ __device__ __forceinline__ Terms moved(Terms terms, float max) {
     return Terms{max, terms.sum * factor, factor == 0 ? 0 : (terms.products + terms.sum * shift) * factor};
 }
 
-// logits [R, vocab], targets [R], scores [R, 3] as in the operation: log-probability, entropy in nats, 1 for the largest.
+// logits [R, vocab], targets [R], scores [R, 3] as in the operation: log-probability, entropy in nats, 1 for the largest. No numbers
+// where a logit is none or plus infinity, or none is finite.
 template <class T>
 __device__ __forceinline__ void target_scores(float* scores, const T* logits, const uint32_t* targets, int vocab) {
     constexpr int COUNT = Vector<T>::COUNT;
@@ -25,6 +26,7 @@ __device__ __forceinline__ void target_scores(float* scores, const T* logits, co
     const T* row = logits + size_t(blockIdx.x) * vocab;
     const bool whole = vocab % COUNT == 0;
     Terms own{MINUS_INFINITY, 0, 0};
+    bool broken = false;
     for (int i = threadIdx.x * COUNT; i < vocab; i += THREADS * COUNT) {
         float x[COUNT];
         load(row, i, vocab, whole, x);
@@ -35,6 +37,7 @@ __device__ __forceinline__ void target_scores(float* scores, const T* logits, co
 #pragma unroll
         for (int j = 0; j < COUNT; j++) {
             // Far below, both terms are nothing, and minus infinity times zero would not be a number.
+            broken |= !(x[j] < INFINITY);
             if (i + j < vocab && x[j] - max > -88.0f) {
                 const float term = expf(x[j] - max);
                 own.sum += term;
@@ -46,13 +49,15 @@ __device__ __forceinline__ void target_scores(float* scores, const T* logits, co
     own = moved(own, max);
     const double sum = block_sum(double(own.sum), sums);
     const double products = block_sum(double(own.products), sums);
+    // Sums of entries that are no numbers would not show them all.
+    const bool refused = block_sum(broken ? 1.0f : 0.0f, maxima) > 0 || max == MINUS_INFINITY;
     if (threadIdx.x == 0) {
         const float target = widen(row[targets[blockIdx.x]]);
         const double log_sum = log(sum);
         float* out = scores + size_t(blockIdx.x) * 3;
-        out[0] = float(double(target - max) - log_sum);
-        out[1] = float(log_sum - products / sum);
-        out[2] = target == max ? 1.0f : 0.0f;
+        out[0] = refused ? NAN : float(double(target - max) - log_sum);
+        out[1] = refused ? NAN : float(log_sum - products / sum);
+        out[2] = refused ? NAN : target == max ? 1.0f : 0.0f;
     }
 }
 

@@ -34,3 +34,7 @@ extern "C" __global__ void probe_unwritten(float* out) {
     out[32 + threadIdx.x] = reinterpret_cast<float*>(memory)[threadIdx.x];
 }
 EXPORT(probe_unwritten)
+
+// Reads past the end of its memory, for the address sanitiser.
+extern "C" __global__ void probe_overrun(int* out) { out[threadIdx.x] = out[threadIdx.x + 1]; }
+EXPORT(probe_overrun)

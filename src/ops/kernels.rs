@@ -23,7 +23,7 @@ pub struct Launch {
     pub grid: [u32; 3],
     /// Threads of a block.
     pub threads: u32,
-    /// Shared memory beyond what the kernel declares.
+    /// Shared memory beyond what the kernel declares. Above 48 KiB a driver must be asked to allow it.
     pub shared_bytes: u32,
     /// In the kernel's order.
     pub arguments: Vec<Argument>,
@@ -162,7 +162,8 @@ pub fn embed(dtype: DType, addresses: [u64; 3], [rows, width]: [usize; 2]) -> La
     Launch::new(format!("embed_{}", suffix(dtype)), [rows, 1, 1], 128).addresses(&addresses).counts(&[width])
 }
 
-/// `scores` `[R, 3]` f32, `logits` `[R, vocab]`, `targets` `[R]`: the numbers of [`super::logprobs::TargetScore`].
+/// `scores` `[R, 3]` f32, `logits` `[R, vocab]`, `targets` `[R]`: the numbers of [`super::logprobs::TargetScore`], NaN where the row
+/// is no distribution.
 pub fn target_scores(dtype: DType, addresses: [u64; 3], [rows, vocab]: [usize; 2]) -> Launch {
     Launch::new(format!("target_scores_{}", suffix(dtype)), [rows, 1, 1], 512).addresses(&addresses).counts(&[vocab])
 }
