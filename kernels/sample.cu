@@ -89,9 +89,8 @@ __device__ __forceinline__ uint32_t locate(int vocab, Amount amount, Wanted want
         }
     }
     __syncthreads();
-    const uint32_t id = *scratch.found;
-    __syncthreads();
-    return id;
+    // Whoever writes it next has passed another barrier.
+    return *scratch.found;
 }
 
 // The shortest part of `within`, from the best entry on, whose `amount(logit)` add up to `wanted`, at least 1 and at most the sum.
