@@ -17,6 +17,26 @@ struct Rows<'a> {
     stride: usize,
 }
 
+/// The left operand of a product as it lies: that of row r at step s is `all[r * across + s * along]`.
+#[derive(Clone, Copy)]
+struct Strip<'a> {
+    all: &'a [f32],
+    across: usize,
+    along: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// These rows are those of the product.
+    fn by_row(self) -> Strip<'a> {
+        Strip { all: self.all, across: self.stride, along: 1 }
+    }
+
+    /// These rows are its steps.
+    fn by_step(self) -> Strip<'a> {
+        Strip { all: self.all, across: 1, along: self.stride }
+    }
+}
+
 /// What one segment and key head read and give: `[len, share, head_dim]` queries and output gradients, `[len, head_dim]` the rest.
 pub(super) struct Segment<'a> {
     pub(super) body: Body,
@@ -108,35 +128,31 @@ impl QueryTile<'_> {
         let rows = TILE.min(self.len - self.first);
         let start = self.shape.seen(self.first).start / TILE * TILE;
         let span = (self.first + TILE) - start;
-        let here = |x: &[f32]| turn(&x[self.first * width..][..TILE * width], width);
-        let mut weights = self.product(&here(self.q), self.kt, start, span);
+        let mut weights = self.product(self.rows(self.q), self.kt, start, span);
         for row in 0..rows {
             let seen = self.seen(row, start);
             body.run(Softmax { scores: &mut weights[row * span..][..span], seen, scale });
         }
         weights[rows * span..].fill(0.0);
-        let mut slopes = self.product(&here(self.dout), self.vt, start, span);
+        let mut slopes = self.product(self.rows(self.dout), self.vt, start, span);
         for row in 0..rows {
             let (weights, slopes) = (&weights[row * span..][..span], &mut slopes[row * span..][..span]);
             body.run(Slopes { weights, slopes, scale });
         }
         slopes[rows * span..].fill(0.0);
         for tile in (0..span).step_by(TILE) {
-            let place = (start + tile) * width;
-            let queries = |all| Rows { all, stride: width };
-            let left = |all| Rows { all, stride: span };
-            let (out, position) = (&mut dv[place..][..TILE * width], self.first * width);
-            self.add_product(out, left(&weights[tile..]), queries(&self.dout[position..]), TILE);
-            let out = &mut dk[place..][..TILE * width];
-            self.add_product(out, left(&slopes[tile..]), queries(&self.q[position..]), TILE);
+            let out = (start + tile) * width..(start + tile + TILE) * width;
+            let left = |all| Rows { all, stride: span }.by_step();
+            self.add_product(&mut dv[out.clone()], left(&weights[tile..]), self.rows(self.dout), TILE);
+            self.add_product(&mut dk[out], left(&slopes[tile..]), self.rows(self.q), TILE);
         }
-        let turned = turn(&slopes, span);
-        self.add_product(
-            dq,
-            Rows { all: &turned, stride: TILE },
-            Rows { all: &self.k[start * width..], stride: width },
-            span,
-        );
+        let slopes = Rows { all: &slopes, stride: span }.by_row();
+        self.add_product(dq, slopes, Rows { all: &self.k[start * width..], stride: width }, span);
+    }
+
+    /// Those of these queries of `all` `[len, width]`.
+    fn rows<'a>(&self, all: &'a [f32]) -> Rows<'a> {
+        Rows { all: &all[self.first * self.width..][..TILE * self.width], stride: self.width }
     }
 
     /// Positions of the span from `start` on that query `row` sees.
@@ -145,23 +161,22 @@ impl QueryTile<'_> {
         seen.start - start..seen.end - start
     }
 
-    /// `[TILE, span]`: the products of the queries, turned to `[width, TILE]`, with the columns from `start` on of `right`.
-    fn product(&self, left: &[f32], right: &[f32], start: usize, span: usize) -> Vec<f32> {
+    /// `[TILE, span]`: the products of `left` `[TILE, width]` with the columns from `start` on of `right` `[width, len]`.
+    fn product(&self, left: Rows<'_>, right: &[f32], start: usize, span: usize) -> Vec<f32> {
         let mut out = vec![0.0; TILE * span];
-        let stride = right.len() / self.width;
-        let (left, right) = (Rows { all: left, stride: TILE }, Rows { all: &right[start..], stride });
-        add_product(self.body, &mut out, span, left, right, self.width);
+        let right = Rows { all: &right[start..], stride: right.len() / self.width };
+        add_product(self.body, &mut out, span, left.by_row(), right, self.width);
         out
     }
 
-    /// `out` `[TILE, width]` += leftT right over `steps` rows of both.
-    fn add_product(&self, out: &mut [f32], left: Rows<'_>, right: Rows<'_>, steps: usize) {
+    /// `out` `[TILE, width]` += the product over `steps` rows of `right`.
+    fn add_product(&self, out: &mut [f32], left: Strip<'_>, right: Rows<'_>, steps: usize) {
         add_product(self.body, out, self.width, left, right, steps);
     }
 }
 
-/// `out` `[TILE, columns]` += the sum over `steps` of the outer products of rows of `left` (TILE numbers) and `right` (columns).
-fn add_product(body: Body, out: &mut [f32], columns: usize, left: Rows<'_>, right: Rows<'_>, steps: usize) {
+/// `out` `[TILE, columns]` += the product of TILE rows of `left` and the first `steps` rows of `right`.
+fn add_product(body: Body, out: &mut [f32], columns: usize, left: Strip<'_>, right: Rows<'_>, steps: usize) {
     for row in (0..TILE).step_by(HEIGHT) {
         let mut column = 0;
         while column < columns {
@@ -182,7 +197,7 @@ struct Tile<'a> {
     row: usize,
     column: usize,
     columns: usize,
-    left: Rows<'a>,
+    left: Strip<'a>,
     right: Rows<'a>,
     steps: usize,
 }
@@ -207,13 +222,13 @@ impl<const C: usize> Kernel for Sized<'_, C> {
             let kept = out[(row + r) * columns + column..][..C * LANES].as_chunks().0;
             sums.iter_mut().zip(kept).for_each(|(sum, kept)| *sum = isa.load(kept));
         }
+        let strips: [&[f32]; HEIGHT] = std::array::from_fn(|r| &left.all[(row + r) * left.across..]);
         for step in 0..steps {
             let mut vectors = [isa.splat(0.0); C];
             let b = right.all[step * right.stride + column..][..C * LANES].as_chunks().0;
             vectors.iter_mut().zip(b).for_each(|(vector, b)| *vector = isa.load(b));
-            let a = &left.all[step * left.stride + row..][..HEIGHT];
-            for (a, sums) in a.iter().zip(&mut sums) {
-                add_products(isa, isa.splat(*a), &vectors, sums);
+            for (strip, sums) in strips.iter().zip(&mut sums) {
+                add_products(isa, isa.splat(strip[step * left.along]), &vectors, sums);
             }
         }
         for (r, sums) in sums.iter().enumerate() {
