@@ -16,7 +16,7 @@ train() { # stage, recipe, then assignments
 curve() { # name, then flags of bon-curve
     name=$1
     shift
-    [ -f "runs/$name.json" ] || "$eurus" bench bon-curve --repeats 3 --json "runs/$name.json" "$@" | tee "runs/$name.txt"
+    [ -f "runs/$name.json" ] || "$eurus" bench bon-curve --repeats 3 --json "runs/$name.json" "$@"
 }
 
 [ -f runs/mini-data/trees.jsonl ] || "$eurus" bench make-trees runs/mini-data --seed 1 --solutions 300000 --trees 2000
@@ -32,4 +32,17 @@ curve mini-reward --model "$policy" --reward-model runs/mini-reward/model
 for stage in dpo kto nca; do
     train "$stage" "mini-$stage" --set "model.from=$policy"
     curve "mini-$stage" --model "runs/mini-$stage/model" --reward-model runs/mini-reward/model
+done
+# What depends on luck: the same with other seeds.
+for seed in 2 3; do
+    again() { # stage, recipe, model it goes on from
+        train "$1" "$2" --set "run.seed=$seed" --set "run.output=runs/$2-$seed" --set "model.from=$3"
+    }
+    again reward mini-reward-first "$policy"
+    again reward mini-reward "runs/mini-reward-first-$seed/model"
+    curve "mini-reward-$seed" --model "$policy" --reward-model "runs/mini-reward-$seed/model"
+    for stage in dpo kto nca; do
+        again "$stage" "mini-$stage" "$policy"
+        curve "mini-$stage-$seed" --model "runs/mini-$stage-$seed/model" --reward-model runs/mini-reward/model
+    done
 done

@@ -29,9 +29,10 @@ impl Folder {
         Ok(Self { path: path.to_owned(), bounds })
     }
 
-    /// Last part of the path.
+    /// Last part of the path; of a folder called `model`, as training writes them, the last part that is not.
     pub(super) fn name(&self) -> String {
-        let name = self.bounds.file_name().or(self.path.file_name());
+        let mut parts = self.bounds.iter().rev().filter(|&part| part != "model");
+        let name = parts.next().filter(|&part| part != "/").or(self.path.file_name());
         name.map_or_else(|| self.path.display().to_string(), |name| name.display().to_string())
     }
 
@@ -90,4 +91,24 @@ fn repository_of_snapshot(path: &Path) -> Option<&Path> {
     let is_cache = snapshots.file_name()? == "snapshots"
         && repository.file_name()?.to_str().is_some_and(|name| name.starts_with("models--"));
     is_cache.then_some(repository)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_folder_called_model_goes_by_the_run_around_it() {
+        let scratch = tempfile::tempdir().unwrap();
+        let name = |path: &str| {
+            let path = scratch.path().join(path);
+            std::fs::create_dir_all(&path).unwrap();
+            Folder::open(&path).unwrap().name()
+        };
+        assert_eq!(name("runs/mini-sft"), "mini-sft");
+        assert_eq!(name("runs/mini-sft/model"), "mini-sft");
+        assert_eq!(name("runs/model/mini-sft"), "mini-sft");
+    }
 }

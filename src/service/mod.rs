@@ -85,7 +85,8 @@ impl Service {
         for (index, model) in models.iter().enumerate() {
             for name in std::iter::once(&model.name).chain(&model.aliases) {
                 if models[index + 1..].iter().any(|other| other.is_called(name)) {
-                    return Err(Error::invalid("models", format!("models: two of them are called {name}")));
+                    let message = format!("models: two of them are called {name}; set model_name or reward_model_name");
+                    return Err(Error::invalid("models", message));
                 }
             }
         }

@@ -158,7 +158,7 @@ fn the_examples_answer() {
         let chunk: Value = serde_json::from_str(chunk).unwrap();
         text += chunk["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
     }
-    assert_eq!(text, "Step 1: 8*3=24, left 5 24\nStep 2: 24+5=29, left 29\nAnswer: \\boxed{8*3+5}");
+    assert_eq!(text, "Step 1: 3*8=24, left 5 24\nStep 2: 24+5=29, left 29\nAnswer: \\boxed{3*8+5}");
     let usage: Value = serde_json::from_str(chunks.last().unwrap()).unwrap();
     assert_eq!(usage["usage"]["completion_tokens"], 38);
 
@@ -329,5 +329,5 @@ fn the_training_example_writes_a_model_that_is_served() {
     let model = output.join("model").display().to_string();
     let server = Server::start(&[("EURUS_MODEL", model.as_str())]);
     let models: Value = serde_json::from_str(&shell(&server, &["-c", "curl -sS \"$EURUS_URL/v1/models\""])).unwrap();
-    assert_eq!(models["data"][0]["id"], "model");
+    assert_eq!(models["data"][0]["id"], "out", "the run around the folder");
 }

@@ -55,11 +55,12 @@ fn two_models_never_share_a_name() {
     let setup = Setup::default();
     let models = vec![setup.model(Kind::Policy, &metrics), setup.model(Kind::Policy, &metrics)];
     let refused = refusal(Service::new(models, ServiceLimits::default(), Arc::clone(&metrics)));
-    assert_eq!(refused, ("models".into(), "models: two of them are called mini".into()));
+    let message = "models: two of them are called mini; set model_name or reward_model_name";
+    assert_eq!(refused, ("models".into(), message.into()));
     let mut alias = vec![setup.model(Kind::Policy, &metrics), setup.model(Kind::Reward, &metrics)];
     alias[1].aliases = vec!["mini".into()];
     let refused = refusal(Service::new(alias, ServiceLimits::default(), Arc::clone(&metrics)));
-    assert_eq!(refused.1, "models: two of them are called mini");
+    assert_eq!(refused.1, message);
     assert_eq!(refusal(Service::new(Vec::new(), ServiceLimits::default(), metrics)).0, "models");
 }
 
