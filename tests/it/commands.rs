@@ -11,6 +11,8 @@ use super::black_box::eurus;
 
 const QUESTION: &str = "Use the numbers 3, 5, 8 to make 29.";
 const RIGHT: &str = "Step 1: 8*3=24, left 5 24\nStep 2: 24+5=29, left 29\nAnswer: \\boxed{8*3+5}";
+/// What the built-in policy answers without chance.
+const ANSWER: &str = "Step 1: 3*8=24, left 5 24\nStep 2: 24+5=29, left 29\nAnswer: \\boxed{3*8+5}";
 
 /// Exit code, standard output and standard error.
 fn run(arguments: &[&str], input: &str) -> (Option<i32>, String, String) {
@@ -52,8 +54,8 @@ fn every_kind_of_row_is_scored_in_order_and_keeps_its_fields() {
     for reward in [&output[0]["reward"], &output[1]["reward"], &output[2]["rewards"][0], &output[3]["reward"]] {
         assert_eq!(reward, &output[0]["reward"]);
     }
-    check_close(&output[0]["reward"], 2.248_865_1);
-    check_close(&output[2]["rewards"][1], -3.660_684_6);
+    check_close(&output[0]["reward"], 2.331_731_8);
+    check_close(&output[2]["rewards"][1], -7.026_176_5);
 }
 
 #[test]
@@ -88,9 +90,9 @@ fn the_best_of_n_is_the_candidate_with_the_highest_reward() {
 fn chat_says_what_the_server_says() {
     let (code, output, log) = run(&["chat", "--temperature", "0", QUESTION], "");
     assert_eq!(code, Some(0), "{log}");
-    assert_eq!(output, format!("{RIGHT}\n"));
+    assert_eq!(output, format!("{ANSWER}\n"));
     let (_, output, _) = run(&["chat", "--temperature", "0"], &format!("{QUESTION}\n\n{QUESTION}\n"));
-    assert!(output.starts_with(&format!("{RIGHT}\n")) && output.len() > RIGHT.len() + 2, "{output}");
+    assert!(output.starts_with(&format!("{ANSWER}\n")) && output.len() > ANSWER.len() + 2, "{output}");
 }
 
 #[test]
