@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 const PREFIX: &str = "step-";
 const MANIFEST: &str = "manifest.json";
 /// Written into every manifest; another number is another layout.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Largest manifest that is read.
 const MANIFEST_BYTES_MAX: u64 = 16 << 20;
 

@@ -7,6 +7,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::data::DataFile;
 use super::optimizer::Optimizer;
 use super::step::Tally;
 use crate::checkpoint::safetensors;
@@ -31,6 +32,26 @@ pub struct Place {
     pub bad_steps: u64,
     /// What was measured since the last record.
     pub tally: Tally,
+    /// Hashes of the files that the run reads, in their order.
+    pub data: Vec<String>,
+}
+
+impl Place {
+    /// Before the first step of a run that reads `files`.
+    pub fn first(files: &[DataFile]) -> Self {
+        Self { data: files.iter().map(|file| file.blake3.clone()).collect(), ..Self::default() }
+    }
+
+    /// That `files` are what the run began with: with others it would go on in another order, over rows it has seen.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the first file that is not.
+    pub fn check_data(&self, files: &[DataFile]) -> Result<()> {
+        let changed = files.iter().zip(&self.data).find(|(file, known)| file.blake3 != **known);
+        let Some((file, _)) = changed else { return Ok(()) };
+        let what = format!("{} has changed since this run began", file.path.display());
+        Err(Error::invalid("data.source", format!("{what}; put it back, or begin anew with --fresh")))
+    }
 }
 
 /// Writes the state of `optimizer` and its weights, and `place`, into `folder`.

@@ -216,8 +216,12 @@ impl<'a> Run<'a> {
         };
         let mut optimizer = Optimizer::new(&prepared.learner.model, options)?;
         let (place, resumed) = match start {
-            Start::Resume(snapshot) => (state::restore(&snapshot.path, &mut optimizer)?, Some(snapshot.step)),
-            Start::Plan | Start::Fresh => (Place::default(), None),
+            Start::Resume(snapshot) => {
+                let place = state::restore(&snapshot.path, &mut optimizer)?;
+                place.check_data(&prepared.dataset.files)?;
+                (place, Some(snapshot.step))
+            }
+            Start::Plan | Start::Fresh => (Place::first(&prepared.dataset.files), None),
         };
         Ok(Self {
             rate: LearningRate::new(o, prepared.course.len() as u64),

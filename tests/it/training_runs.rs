@@ -157,6 +157,19 @@ fn adapters_go_on_after_crashes_to_the_same_bits() {
 }
 
 #[test]
+fn a_run_does_not_go_on_with_other_data() {
+    let place = Place::new();
+    let recipe = place.recipe(Stage::Sft, "changed", &[]);
+    assert_eq!(run(&recipe, Some((3, Event::Stop))).unwrap(), Outcome::Stopped { step: 3 });
+    let (path, rows) = (place.path("pairs.jsonl"), fs::read_to_string(place.path("pairs.jsonl")).unwrap());
+    fs::write(&path, rows.replace("It is 4.", "It is 5.")).unwrap();
+    let text = run(&recipe, None).unwrap_err().to_string();
+    assert!(text.contains("pairs.jsonl has changed since this run began") && text.contains("--fresh"), "{text}");
+    fs::write(&path, rows).unwrap();
+    assert!(matches!(run(&recipe, None).unwrap(), Outcome::Finished { .. }));
+}
+
+#[test]
 fn a_reward_model_learns_its_pairs_and_opens_as_a_checkpoint() {
     let place = Place::new();
     let recipe = place.recipe(Stage::Reward, "reward", &["run.epochs=40", "run.eval_every=0"]);
