@@ -138,12 +138,12 @@ fn damage_is_told_and_passed_over() {
         }),
         ("state/step", |folder| fs::remove_file(folder.join("state/step")).unwrap()),
         ("manifest.json", |folder| fs::remove_file(folder.join(MANIFEST)).unwrap()),
-        ("manifest.json", |folder| fs::write(folder.join(MANIFEST), "{\"format\": 1").unwrap()),
+        ("manifest.json", |folder| fs::write(folder.join(MANIFEST), "{\"format\": 2").unwrap()),
         ("outside its folder", |folder| {
             let text = fs::read_to_string(folder.join(MANIFEST)).unwrap();
             fs::write(folder.join(MANIFEST), text.replace("\"weights\"", "\"../weights\"")).unwrap();
         }),
-        ("expected format 1, step 3", |folder| {
+        ("expected format 2, step 3", |folder| {
             let text = fs::read_to_string(folder.join(MANIFEST)).unwrap();
             fs::write(folder.join(MANIFEST), text.replace("\"step\": 3", "\"step\": 4")).unwrap();
         }),
