@@ -18,6 +18,9 @@ curve() { # name, then flags of bon-curve
     shift
     [ -f "runs/$name.json" ] || "$eurus" bench bon-curve --repeats 3 --json "runs/$name.json" "$@"
 }
+again() { # stage, recipe, model it begins with; with another seed
+    train "$1" "$2" --set "run.seed=$seed" --set "run.output=runs/$2-$seed" --set "model.from=$3"
+}
 
 [ -f runs/mini-data/trees.jsonl ] || "$eurus" bench make-trees runs/mini-data --seed 1 --solutions 300000 --trees 2000
 [ -f runs/mini-single/trees.jsonl ] || "$eurus" bench make-trees runs/mini-single --seed 2 --solutions 0 --trees 60000 --turns 1
@@ -35,9 +38,6 @@ for stage in dpo kto nca; do
 done
 # What depends on luck: the same with other seeds.
 for seed in 2 3; do
-    again() { # stage, recipe, model it goes on from
-        train "$1" "$2" --set "run.seed=$seed" --set "run.output=runs/$2-$seed" --set "model.from=$3"
-    }
     again reward mini-reward-first "$policy"
     again reward mini-reward "runs/mini-reward-first-$seed/model"
     curve "mini-reward-$seed" --model "$policy" --reward-model "runs/mini-reward-$seed/model"

@@ -62,7 +62,7 @@ pub enum Progress<'a> {
 /// A model on disk, sound as far as can be known without reading its tensors.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
-    /// What to call it: the built-in name, `org/name`, or the folder's name.
+    /// What to call it: the built-in name, `org/name`, or the folder's name (of a run's `model` folder, the run's).
     pub name: String,
     /// Sizes and kind of the model.
     pub config: ModelConfig,

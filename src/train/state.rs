@@ -1,5 +1,5 @@
-//! What a snapshot holds: trained weights and moments in float32, and where the run was. The order of the data is not in it:
-//! it follows from the seed.
+//! What a snapshot holds: trained weights and moments in float32, where the run was, and hashes of its data. The order of the
+//! data is not in it: it follows from the seed.
 
 use std::collections::HashMap;
 use std::path::Path;
