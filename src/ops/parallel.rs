@@ -37,9 +37,21 @@ pub fn threads() -> usize {
 /// A panic in `body` reaches the caller after the loop has wound down; indices not yet started are skipped then. Loops do not
 /// nest and callers do not queue: where the pool is taken, the caller runs its loop alone.
 pub fn for_each(count: usize, body: impl Fn(usize) + Sync) {
+    for_each_init(count, || (), |(), index| body(index));
+}
+
+/// [`for_each`] with a value of its own, made by `init`, for every thread that takes part.
+pub(super) fn for_each_init<T>(count: usize, init: impl Fn() -> T + Sync, body: impl Fn(&mut T, usize) + Sync) {
+    let work = |indices: &mut Indices<'_>| {
+        if let Some(first) = indices.next() {
+            let mut own = init();
+            body(&mut own, first);
+            indices.for_each(|index| body(&mut own, index));
+        }
+    };
     let helpers = (threads() - 1).min(count.saturating_sub(1));
-    if helpers == 0 || !POOL.run(count, helpers, &body) {
-        (0..count).for_each(body);
+    if helpers == 0 || !POOL.run(count, helpers, &work) {
+        work(&mut Indices { next: &AtomicUsize::new(0), count });
     }
 }
 
@@ -103,9 +115,27 @@ struct Worker {
     parked: Arc<AtomicBool>,
 }
 
+/// The indices of one loop that no thread has taken yet.
+struct Indices<'a> {
+    next: &'a AtomicUsize,
+    count: usize,
+}
+
+impl Iterator for Indices<'_> {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        let index = self.next.fetch_add(1, Ordering::Relaxed);
+        (index < self.count).then_some(index)
+    }
+}
+
+/// What a thread does with the indices it can get.
+type Work<'a> = &'a (dyn Fn(&mut Indices<'_>) + Sync);
+
 /// One loop: lives on the caller's stack.
 struct Task<'a> {
-    body: &'a (dyn Fn(usize) + Sync),
+    work: Work<'a>,
     next: AtomicUsize,
     count: usize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -115,15 +145,8 @@ struct Task<'a> {
 impl Task<'_> {
     /// Takes indices until none is left; the first panic of all threads is kept and ends the loop.
     fn work(&self) {
-        let taken = catch_unwind(AssertUnwindSafe(|| {
-            loop {
-                let index = self.next.fetch_add(1, Ordering::Relaxed);
-                if index >= self.count {
-                    break;
-                }
-                (self.body)(index);
-            }
-        }));
+        let mut indices = Indices { next: &self.next, count: self.count };
+        let taken = catch_unwind(AssertUnwindSafe(|| (self.work)(&mut indices)));
         if let Err(panic) = taken {
             self.next.store(self.count, Ordering::Relaxed);
             let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
@@ -148,7 +171,7 @@ impl Pool {
     }
 
     /// Runs a loop with at most `helpers` workers; false, and nothing done, where another loop is running.
-    fn run(&'static self, count: usize, helpers: usize, body: &(dyn Fn(usize) + Sync)) -> bool {
+    fn run(&'static self, count: usize, helpers: usize, work: Work<'_>) -> bool {
         let mut workers = match self.workers.try_lock() {
             Ok(workers) => workers,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -156,7 +179,7 @@ impl Pool {
         };
         self.start_workers(&mut workers, helpers);
         let task =
-            Task { body, next: AtomicUsize::new(0), count, panic: Mutex::new(None), caller: std::thread::current() };
+            Task { work, next: AtomicUsize::new(0), count, panic: Mutex::new(None), caller: std::thread::current() };
         self.open(&task, &workers, helpers);
         task.work();
         self.close();
@@ -276,6 +299,11 @@ mod tests {
         assert!(visits.iter().all(|visits| visits.load(Ordering::Relaxed) == 1), "{count} indices");
     }
 
+    /// The work of `for_each`.
+    fn each(body: impl Fn(usize) + Sync) -> impl Fn(&mut Indices<'_>) + Sync {
+        move |indices| indices.for_each(&body)
+    }
+
     fn pool() -> &'static Pool {
         Box::leak(Box::new(Pool::new()))
     }
@@ -285,7 +313,7 @@ mod tests {
         let pool = pool();
         for helpers in [1, 2, 7, 1, 3] {
             for count in [0, 1, 2, 3, 100, 5000] {
-                check_each_once(count, |body| assert!(pool.run(count, helpers, body)));
+                check_each_once(count, |body| assert!(pool.run(count, helpers, &each(body))));
                 check_each_once(count, |body| for_each(count, body));
             }
         }
@@ -311,16 +339,20 @@ mod tests {
         for _ in 0..200 {
             // Three threads or this never ends.
             let all = Barrier::new(3);
-            assert!(pool.run(3, 2, &|_| {
-                all.wait();
-            }));
+            assert!(pool.run(
+                3,
+                2,
+                &each(|_| {
+                    all.wait();
+                })
+            ));
         }
     }
 
     #[test]
     fn a_taken_pool_is_left_alone() {
         let pool = pool();
-        assert!(pool.run(4, 2, &|_| assert!(!pool.run(4, 2, &|_| unreachable!()))));
+        assert!(pool.run(4, 2, &each(|_| assert!(!pool.run(4, 2, &each(|_| unreachable!()))))));
     }
 
     #[test]
@@ -330,7 +362,7 @@ mod tests {
         for round in 0..100 {
             let both = Barrier::new(2);
             let caught = catch_unwind(AssertUnwindSafe(|| {
-                pool.run(50, 1, &|index| {
+                let work = each(|index| {
                     if index < 2 {
                         both.wait();
                         // In turn: on the caller, on the worker, on both.
@@ -339,10 +371,11 @@ mod tests {
                             std::panic::panic_any(round);
                         }
                     }
-                })
+                });
+                pool.run(50, 1, &work)
             }));
             assert_eq!(caught.unwrap_err().downcast_ref(), Some(&round));
-            check_each_once(20, |body| assert!(pool.run(20, 1, body)));
+            check_each_once(20, |body| assert!(pool.run(20, 1, &each(body))));
         }
     }
 

@@ -142,20 +142,22 @@ impl<M: Multiply> Product<'_, M> {
         // Enough pieces for all threads, at the price of packing a panel more than once.
         let groups = (4 * parallel::threads()).div_ceil(panels).min(rows.div_ceil(ROWS));
         let each = rows.div_ceil(groups).next_multiple_of(ROWS);
-        parallel::for_each(panels * groups, |index| {
+        let buffers = || (vec![Line::<M::Number>::default(); k], vec![[Tile::default(); LEVELS]; TILES]);
+        parallel::for_each_init(panels * groups, buffers, |(right, sums), index| {
             let (column, first) = (index / groups * WIDTH, index % groups * each);
             if first >= rows {
                 return;
             }
-            let mut right = vec![Line::<M::Number>::default(); k];
-            pack(column, &mut right);
-            let mut sums = vec![[Tile::default(); LEVELS]; TILES];
+            let width = WIDTH.min(columns - column);
+            if width < WIDTH {
+                right.fill(Line::default());
+            }
+            pack(column, right);
             for row in (first..rows.min(first + each)).step_by(ROWS) {
                 let end = rows.min(first + each).min(row + ROWS);
-                self.advance(row..end, &chains, &right, &mut sums);
+                self.advance(row..end, &chains, right, sums);
                 for row_here in row..end {
                     let (tile, r) = ((row_here - row) / HEIGHT, (row_here - row) % HEIGHT);
-                    let width = WIDTH.min(columns - column);
                     emit(row_here, column, &sums[tile][0][r].0.as_flattened()[..width]);
                 }
             }
