@@ -11,7 +11,7 @@ pub(super) const VECTORS: usize = 4;
 /// Columns of a panel.
 pub(super) const WIDTH: usize = VECTORS * LANES;
 /// Steps before the next tile: so much of a panel stays in the caches near the core.
-const STEPS: usize = 256;
+const STEPS: usize = 384;
 /// Tiles whose sums rest in a level-2 cache while others go on.
 const TILES: usize = 16;
 /// Rows that go through one part of a panel together.
@@ -116,6 +116,33 @@ impl Order {
     }
 }
 
+/// Steps `start..end` of a chain.
+struct Part<'a> {
+    chain: &'a Chain,
+    start: usize,
+    end: usize,
+}
+
+/// What a tile takes before the next tile does: parts of the chains, in order, of at most STEPS together.
+fn turns(chains: &[Chain]) -> Vec<Vec<Part<'_>>> {
+    let mut turns = Vec::new();
+    let (mut turn, mut room) = (Vec::new(), STEPS);
+    for chain in chains {
+        // A chain without steps is a sum of zero, and takes part like others.
+        for start in (0..chain.steps.max(1)).step_by(STEPS) {
+            let end = chain.steps.min(start + STEPS);
+            if room < end - start {
+                turns.push(std::mem::take(&mut turn));
+                room = STEPS;
+            }
+            room -= end - start;
+            turn.push(Part { chain, start, end });
+        }
+    }
+    turns.push(turn);
+    turns
+}
+
 /// One product.
 pub(super) struct Product<'a, M: Multiply> {
     pub(super) multiply: M,
@@ -138,6 +165,7 @@ impl<M: Multiply> Product<'_, M> {
             return;
         }
         let chains = self.order.chains(k);
+        let turns = turns(&chains);
         let panels = columns.div_ceil(WIDTH);
         // Enough pieces for all threads, at the price of packing a panel more than once.
         let groups = (4 * parallel::threads()).div_ceil(panels).min(rows.div_ceil(ROWS));
@@ -155,7 +183,7 @@ impl<M: Multiply> Product<'_, M> {
             pack(column, right);
             for row in (first..rows.min(first + each)).step_by(ROWS) {
                 let end = rows.min(first + each).min(row + ROWS);
-                self.advance(row..end, &chains, right, sums);
+                self.advance(row..end, &turns, right, sums);
                 for row_here in row..end {
                     let (tile, r) = ((row_here - row) / HEIGHT, (row_here - row) % HEIGHT);
                     emit(row_here, column, &sums[tile][0][r].0.as_flattened()[..width]);
@@ -164,24 +192,22 @@ impl<M: Multiply> Product<'_, M> {
         });
     }
 
-    /// All chains of the tiles of `rows`; the sums come to rest at level 0.
+    /// All turns of the tiles of `rows`; the sums come to rest at level 0.
     fn advance(
         &self,
         rows: std::ops::Range<usize>,
-        chains: &[Chain],
+        turns: &[Vec<Part<'_>>],
         right: &[Line<M::Number>],
         sums: &mut [[Tile; LEVELS]],
     ) {
-        for chain in chains {
-            // A chain without steps is a sum of zero, and takes part like others.
-            for start in (0..chain.steps.max(1)).step_by(STEPS) {
-                let end = chain.steps.min(start + STEPS);
-                let right = &right[chain.start + start..chain.start + end];
-                let merged = if end == chain.steps { chain.merged } else { 0 };
-                for (row, sums) in rows.clone().step_by(HEIGHT).zip(sums.iter_mut()) {
-                    let height = HEIGHT.min(rows.end - row);
-                    let left = self.strip(row, height, chain.lane, start);
-                    let steps = Steps { left, right, sums, level: chain.level, first: start == 0, merged };
+        for turn in turns {
+            for (row, sums) in rows.clone().step_by(HEIGHT).zip(sums.iter_mut()) {
+                let height = HEIGHT.min(rows.end - row);
+                for Part { chain, start, end } in turn {
+                    let right = &right[chain.start + start..chain.start + end];
+                    let merged = if *end == chain.steps { chain.merged } else { 0 };
+                    let left = self.strip(row, height, chain.lane, *start);
+                    let steps = Steps { left, right, sums, level: chain.level, first: *start == 0, merged };
                     match height {
                         1 => self.multiply.advance::<1>(steps),
                         2 => self.multiply.advance::<2>(steps),
