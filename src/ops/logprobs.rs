@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
-use super::lanes::{Body, Isa, Kernel, LANES, widen_tail};
+use super::lanes::{Body, Isa, Kernel, LANES, store_part, widen_part};
 use super::parallel::filled;
 use super::storage::slice;
 use crate::error::{Error, Result};
@@ -189,7 +189,7 @@ impl Kernel for SumOfExp<'_> {
             isa.store(isa.exp(isa.sub(isa.load(logits), isa.splat(self.max))), &mut terms);
             sums.add(&terms);
         }
-        isa.store(isa.exp(isa.sub(widen_tail(isa, tail), isa.splat(self.max))), &mut terms);
+        isa.store(isa.exp(isa.sub(widen_part(isa, tail), isa.splat(self.max))), &mut terms);
         terms[tail.len()..].fill(0.0);
         sums.add(&terms);
         sums.total()
@@ -210,7 +210,7 @@ impl Kernel for SumOfProducts<'_> {
         let mut sums = Sums([0.0; LANES]);
         let mut terms = [0.0; LANES];
         for logits in self.logits.chunks(LANES) {
-            let shifted = isa.sub(widen_tail(isa, logits), isa.splat(self.max));
+            let shifted = isa.sub(widen_part(isa, logits), isa.splat(self.max));
             // Far below, the product is nothing; minus infinity times zero would not be a number.
             let shifted = isa.max(shifted, isa.splat(-88.0));
             isa.store(isa.mul(shifted, isa.exp(shifted)), &mut terms);
@@ -234,11 +234,9 @@ impl Kernel for Scaled<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let mut terms = [0.0; LANES];
         for (logits, out) in self.logits.chunks(LANES).zip(self.out.chunks_mut(LANES)) {
-            let exp = isa.exp(isa.sub(widen_tail(isa, logits), isa.splat(self.max)));
-            isa.store(isa.mul(exp, isa.splat(self.scale)), &mut terms);
-            out.copy_from_slice(&terms[..out.len()]);
+            let exp = isa.exp(isa.sub(widen_part(isa, logits), isa.splat(self.max)));
+            store_part(isa, isa.mul(exp, isa.splat(self.scale)), out);
         }
     }
 }
@@ -248,18 +246,41 @@ impl Kernel for Scaled<'_> {
 /// # Errors
 /// [`Error::Internal`] if an entry is not a number or plus infinity, or if none is finite.
 pub fn argmax(logits: &[f32]) -> Result<u32> {
-    let mut max = f32::NEG_INFINITY;
-    let mut token = None;
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit.is_nan() || logit == f32::INFINITY {
-            return Err(Error::Internal(format!("the model gave {logit} as the logit of token {id}")));
-        }
-        if logit > max {
-            max = logit;
-            token = Some(id as u32);
-        }
+    let Some(max) = Body::best().run(Largest(logits)) else {
+        let (id, logit) = logits.iter().enumerate().find(|(_, x)| !is_logit(**x)).unwrap_or((0, &f32::NAN));
+        return Err(Error::Internal(format!("the model gave {logit} as the logit of token {id}")));
+    };
+    match logits.iter().position(|&x| x == max) {
+        Some(id) if max > f32::NEG_INFINITY => Ok(id as u32),
+        _ => Err(Error::Internal("no token is possible: every logit is minus infinity".to_owned())),
     }
-    token.ok_or_else(|| Error::Internal("no token is possible: every logit is minus infinity".to_owned()))
+}
+
+/// Whether `x` is a number below plus infinity.
+fn is_logit(x: f32) -> bool {
+    x < f32::INFINITY
+}
+
+/// The largest logit, minus infinity of none; nothing where one is not a logit.
+struct Largest<'a>(&'a [f32]);
+
+impl Kernel for Largest<'_> {
+    type Output = Option<f32>;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> Option<f32> {
+        let (full, tail) = self.0.as_chunks();
+        let mut max = isa.splat(f32::NEG_INFINITY);
+        let mut all = true;
+        for logits in full {
+            all &= logits.iter().fold(true, |all, x| all & is_logit(*x));
+            max = isa.max(max, isa.load(logits));
+        }
+        let mut lanes = [0.0; LANES];
+        isa.store(max, &mut lanes);
+        all &= tail.iter().all(|x| is_logit(*x));
+        all.then(|| lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |max, x| max.max(*x)))
+    }
 }
 
 /// The ids of the `count` largest of `logits`, best first, ties by lower id. No entry may be NaN.

@@ -1,6 +1,6 @@
 //! Root mean square normalisation: x / sqrt(mean(x^2) + eps) * weight, alone and after a residual addition.
 
-use super::lanes::{Body, Isa, Kernel, LANES, widen_tail};
+use super::lanes::{Body, Isa, Kernel, LANES, widen_part};
 use super::parallel;
 use super::parameter::Parameter;
 use super::storage::{Shared, Weights, slice, slice_mut, written};
@@ -198,8 +198,8 @@ impl Kernel for InputRows<'_> {
             let mut sum = isa.splat(0.0);
             let parts = x.chunks(LANES).zip(dy.chunks(LANES)).zip(self.weight.chunks(LANES));
             for ((x, dy), weight) in parts {
-                let product = isa.mul(widen_tail(isa, x), widen_tail(isa, weight));
-                sum = isa.fma(product, widen_tail(isa, dy), sum);
+                let product = isa.mul(widen_part(isa, x), widen_part(isa, weight));
+                sum = isa.fma(product, widen_part(isa, dy), sum);
             }
             let shared = isa.sum(sum) / width as f32 * inverse * inverse;
             for (((dx, x), dy), weight) in dx.iter_mut().zip(x).zip(dy).zip(self.weight) {
@@ -281,7 +281,7 @@ fn inverse_rms<I: Isa>(isa: I, x: &[f32], eps: f32) -> f32 {
         sum = isa.fma(v, v, sum);
     }
     if !tail.is_empty() {
-        let v = widen_tail(isa, tail);
+        let v = widen_part(isa, tail);
         sum = isa.fma(v, v, sum);
     }
     1.0 / (isa.sum(sum) / x.len() as f32 + eps).sqrt()

@@ -1,6 +1,6 @@
 //! SwiGLU: silu(gate) * up, silu(x) = x / (1 + e^-x).
 
-use super::lanes::{Body, Isa, Kernel, LANES, widen_tail};
+use super::lanes::{Body, Isa, Kernel, LANES, store_part, widen_part};
 use super::parallel::filled;
 use super::storage::slice;
 use crate::error::Result;
@@ -90,14 +90,11 @@ impl Kernel for GradientRow<'_> {
         let inputs = self.gate.chunks(LANES).zip(self.up.chunks(LANES)).zip(self.dy.chunks(LANES));
         let outputs = self.d_gate.chunks_mut(LANES).zip(self.d_up.chunks_mut(LANES));
         for (((gate, up), dy), (d_gate, d_up)) in inputs.zip(outputs) {
-            let (gate, up, dy) = (widen_tail(isa, gate), widen_tail(isa, up), widen_tail(isa, dy));
+            let (gate, up, dy) = (widen_part(isa, gate), widen_part(isa, up), widen_part(isa, dy));
             let share = isa.div(one, isa.add(one, isa.exp(isa.sub(isa.splat(0.0), gate))));
             let slope = isa.mul(share, isa.fma(gate, isa.sub(one, share), one));
-            let mut lanes = [0.0; LANES];
-            isa.store(isa.mul(isa.mul(dy, up), slope), &mut lanes);
-            d_gate.copy_from_slice(&lanes[..d_gate.len()]);
-            isa.store(isa.mul(dy, isa.mul(gate, share)), &mut lanes);
-            d_up.copy_from_slice(&lanes[..d_up.len()]);
+            store_part(isa, isa.mul(isa.mul(dy, up), slope), d_gate);
+            store_part(isa, isa.mul(dy, isa.mul(gate, share)), d_up);
         }
     }
 }
@@ -113,16 +110,9 @@ impl Kernel for Row<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let (gates, gate_tail) = self.gate.as_chunks::<LANES>();
-        let (ups, up_tail) = self.up.as_chunks::<LANES>();
-        let (outs, out_tail) = self.out.as_chunks_mut::<LANES>();
-        for ((gate, up), out) in gates.iter().zip(ups).zip(outs) {
-            isa.store(silu_times(isa, isa.load(gate), isa.load(up)), out);
-        }
-        if !out_tail.is_empty() {
-            let mut last = [0.0; LANES];
-            isa.store(silu_times(isa, widen_tail(isa, gate_tail), widen_tail(isa, up_tail)), &mut last);
-            out_tail.copy_from_slice(&last[..out_tail.len()]);
+        let inputs = self.gate.chunks(LANES).zip(self.up.chunks(LANES));
+        for ((gate, up), out) in inputs.zip(self.out.chunks_mut(LANES)) {
+            store_part(isa, silu_times(isa, widen_part(isa, gate), widen_part(isa, up)), out);
         }
     }
 }

@@ -2,7 +2,7 @@
 //! With P = softmax(S) and dP = dO V^T: dV = P^T dO, dS = P (dP - sum(P dP)), dQ = scale dS K, dK = scale dS^T Q.
 
 use super::rows::Heads;
-use crate::ops::lanes::{Body, Isa, Kernel, LANES, add_products};
+use crate::ops::lanes::{Body, Isa, Kernel, LANES, add_products, store_part, widen_part};
 use std::ops::Range;
 
 /// Queries and positions of a square tile of weights.
@@ -67,7 +67,8 @@ impl Segment<'_> {
         let padded = len.next_multiple_of(TILE);
         let share = shape.heads / shape.kv_heads;
         let k = gather(len, width, self.k);
-        let (kt, vt) = (turn(&k, width), turn(&gather(len, width, self.v), width));
+        let v = gather(len, width, self.v);
+        let [kt, vt] = [&k, &v].map(|x| body.run(Turn { x, width }));
         let (dk, dv) = (vec![0.0; padded * width], vec![0.0; padded * width]);
         let mut out = Gradients { width, dq: Vec::with_capacity(share), dk, dv };
         for head in 0..share {
@@ -94,14 +95,33 @@ fn gather<'a>(len: usize, width: usize, row: &dyn Fn(usize) -> &'a [f32]) -> Vec
     out
 }
 
-/// `[rows, width]` to `[width, rows]`.
-fn turn(x: &[f32], width: usize) -> Vec<f32> {
-    let rows = x.len() / width;
-    let mut out = vec![0.0; x.len()];
-    for (row, x) in x.chunks_exact(width).enumerate() {
-        out.iter_mut().skip(row).step_by(rows).zip(x).for_each(|(out, x)| *out = *x);
+/// `[rows, width]` to `[width, rows]`, both whole lanes.
+struct Turn<'a> {
+    x: &'a [f32],
+    width: usize,
+}
+
+impl Kernel for Turn<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> Vec<f32> {
+        let Self { x, width } = self;
+        let rows = x.len() / width;
+        let mut out = vec![0.0; x.len()];
+        for row in (0..rows).step_by(LANES) {
+            for column in (0..width).step_by(LANES) {
+                let mut block = [isa.splat(0.0); LANES];
+                for (i, lanes) in block.iter_mut().enumerate() {
+                    *lanes = widen_part(isa, &x[(row + i) * width + column..]);
+                }
+                for (i, lanes) in isa.transpose(block).iter().enumerate() {
+                    store_part(isa, *lanes, &mut out[(column + i) * rows + row..]);
+                }
+            }
+        }
+        out
     }
-    out
 }
 
 /// Some queries of one head.
@@ -228,7 +248,7 @@ impl<const C: usize> Kernel for Sized<'_, C> {
             let b = right.all[step * right.stride + column..][..C * LANES].as_chunks().0;
             vectors.iter_mut().zip(b).for_each(|(vector, b)| *vector = isa.load(b));
             for (strip, sums) in strips.iter().zip(&mut sums) {
-                add_products(isa, isa.splat(strip[step * left.along]), &vectors, sums);
+                add_products(isa, isa.broadcast(strip[step * left.along]), &vectors, sums);
             }
         }
         for (r, sums) in sums.iter().enumerate() {

@@ -1,7 +1,7 @@
 //! The arithmetic of attention rows: online softmax over tiles that start at absolute multiples of a constant.
 //! A row's sums run over positions in order, so neither its neighbours nor the cut of its sequence can change a bit.
 
-use crate::ops::lanes::{Body, Isa, Kernel, LANES, add_products, widen_tail};
+use crate::ops::lanes::{Body, Isa, Kernel, LANES, add_products, widen_part};
 use crate::ops::storage::Shared;
 use std::ops::Range;
 
@@ -229,7 +229,7 @@ impl Kernel for Turn<'_> {
                 let mut rows = [isa.splat(0.0); LANES];
                 for (i, row) in rows.iter_mut().enumerate() {
                     if self.range.contains(&(j + i)) {
-                        *row = load_part(isa, &self.keys[j + i][d..]);
+                        *row = widen_part(isa, &self.keys[j + i][d..]);
                     }
                 }
                 for (row, turned) in isa.transpose(rows).iter().zip(&mut self.turned[d..]) {
@@ -237,15 +237,6 @@ impl Kernel for Turn<'_> {
                 }
             }
         }
-    }
-}
-
-/// The first sixteen elements, zeros after the end of `row`.
-#[inline(always)]
-fn load_part<I: Isa>(isa: I, row: &[f32]) -> I::V {
-    match row.first_chunk() {
-        Some(full) => isa.load(full),
-        None => widen_tail(isa, row),
     }
 }
 
@@ -270,7 +261,7 @@ impl<const R: usize, const C: usize> Kernel for Score<'_, R, C> {
                     *to = isa.load(key);
                 }
                 for (query, sums) in query.iter().zip(&mut sums) {
-                    add_products(isa, isa.splat(*query), &keys, sums);
+                    add_products(isa, isa.broadcast(*query), &keys, sums);
                 }
             }
             for (sums, scores) in sums.iter().zip(&mut *self.scores) {
@@ -388,11 +379,11 @@ impl<const R: usize, const C: usize> AddValues<'_, R, C> {
             } else {
                 // The end of a head_dim that is no multiple of the lanes.
                 for (c, value) in value.iter_mut().enumerate() {
-                    *value = load_part(isa, &row[c * LANES..]);
+                    *value = widen_part(isa, &row[c * LANES..]);
                 }
             }
             for (totals, weights) in totals.iter_mut().zip(self.weights) {
-                add_products(isa, isa.splat(weights[j]), &value, totals);
+                add_products(isa, isa.broadcast(weights[j]), &value, totals);
             }
         }
         for (totals, sums) in totals.iter().zip(self.sums.chunks_exact_mut(width)) {

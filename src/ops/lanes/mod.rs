@@ -202,12 +202,26 @@ impl Element for f16 {
     }
 }
 
-/// The first lanes from `x` (at most sixteen elements), the others zero.
+/// The first sixteen elements of `x`, zeros after its end.
 #[inline(always)]
-pub(super) fn widen_tail<I: Isa, E: Element>(isa: I, x: &[E]) -> I::V {
+pub(super) fn widen_part<I: Isa, E: Element>(isa: I, x: &[E]) -> I::V {
+    if let Some(full) = x.first_chunk() {
+        return E::widen(isa, full);
+    }
     let mut lanes = [E::default(); LANES];
     lanes[..x.len()].copy_from_slice(x);
     E::widen(isa, &lanes)
+}
+
+/// The lanes of `v` to the first sixteen elements of `out`, or as many as it has.
+#[inline(always)]
+pub(super) fn store_part<I: Isa>(isa: I, v: I::V, out: &mut [f32]) {
+    if let Some(full) = out.first_chunk_mut() {
+        return isa.store(v, full);
+    }
+    let mut lanes = [0.0; LANES];
+    isa.store(v, &mut lanes);
+    out.copy_from_slice(&lanes[..out.len()]);
 }
 
 /// `sums[i]` += a * `b[i]`: one step of the running sums of one row.
@@ -235,7 +249,7 @@ mod tests {
             let mut out = vec![0.0; self.0.len()];
             for (x, out) in self.0.chunks(LANES).zip(out.chunks_mut(LANES)) {
                 let mut lanes = [0.0; LANES];
-                isa.store(isa.exp(widen_tail(isa, x)), &mut lanes);
+                isa.store(isa.exp(widen_part(isa, x)), &mut lanes);
                 out.copy_from_slice(&lanes[..out.len()]);
             }
             out

@@ -3,7 +3,7 @@
 
 use super::blocks::Sizes;
 use super::float;
-use crate::ops::lanes::{Body, Element, Isa, Kernel, LANES, add_products, widen_tail};
+use crate::ops::lanes::{Body, Element, Isa, Kernel, LANES, add_products, widen_part};
 use crate::ops::parallel;
 use crate::ops::storage::Shared;
 
@@ -128,10 +128,10 @@ impl<E: Element, const R: usize, const C: usize> Kernel for Dots<'_, E, R, C> {
         if self.x[0].len() > steps * LANES {
             let mut columns = [isa.splat(0.0); C];
             for (column, w) in columns.iter_mut().zip(&self.w) {
-                *column = widen_tail(isa, &w[steps * LANES..]);
+                *column = widen_part(isa, &w[steps * LANES..]);
             }
             for (x, sums) in self.x.iter().zip(&mut sums) {
-                add_products(isa, widen_tail(isa, &x[steps * LANES..]), &columns, sums);
+                add_products(isa, widen_part(isa, &x[steps * LANES..]), &columns, sums);
             }
         }
         let mut out = [[0.0; C]; R];

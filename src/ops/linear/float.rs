@@ -1,7 +1,7 @@
 //! The operands of [`blocks`] in float32: weights of every type widened, sums in chains of fused multiply-adds.
 
 use super::blocks::{HEIGHT, Left, Line, Multiply, Order, Product, ROWS, Sizes, Steps, Strip, VECTORS, WIDTH};
-use crate::ops::lanes::{Body, Element, Isa, Kernel, LANES, add_products, widen_tail};
+use crate::ops::lanes::{Body, Element, Isa, Kernel, LANES, add_products, widen_part};
 use crate::ops::parallel;
 use crate::ops::storage::{Shared, written};
 
@@ -98,10 +98,7 @@ impl<E: Element> Kernel for Turn<'_, E> {
                 let mut block = [isa.splat(0.0); LANES];
                 for (lanes, column) in block.iter_mut().zip(columns.chunks_exact(k)) {
                     let part = &column[step * LANES..step * LANES + width];
-                    *lanes = match part.first_chunk::<LANES>() {
-                        Some(part) => E::widen(isa, part),
-                        None => widen_tail(isa, part),
-                    };
+                    *lanes = widen_part(isa, part);
                 }
                 let block = isa.transpose(block);
                 for (lane, start) in block.iter().zip(&starts).take(width) {
@@ -132,7 +129,7 @@ impl<E: Element> Kernel for Widen<'_, E> {
                 isa.store(E::widen(isa, x), slot);
             }
             if let (false, Some(slot)) = (tail.is_empty(), line.0.get_mut(full.len())) {
-                isa.store(widen_tail(isa, tail), slot);
+                isa.store(widen_part(isa, tail), slot);
             }
         }
     }
