@@ -1,7 +1,7 @@
 //! The stack of Llama-shaped layers: tokens and positions in, normalised hidden states out.
 //! Knows no caches: how rows see each other is the caller's [`Attention`]. Each layer's gradient stands beside it.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::config::ModelConfig;
 use super::weights::Weights;
@@ -91,7 +91,7 @@ impl Decoder {
     /// If a tensor operation fails; missing tensors are told by [`Weights::finish`].
     pub fn new(config: &ModelConfig, weights: &mut Weights, device: &Device) -> Result<Self> {
         let hidden = config.hidden;
-        let embedding = take(weights, "model.embed_tokens.weight", &[config.vocab, hidden], device)?.into();
+        let embedding = take_matrix(weights, "model.embed_tokens.weight", &[config.vocab, hidden], device)?;
         let layers =
             (0..config.layers).map(|index| Layer::new(config, weights, index, device)).collect::<Result<_>>()?;
         let norm = take(weights, "model.norm.weight", &[hidden], device)?.into();
@@ -116,7 +116,7 @@ impl Decoder {
     /// If a token is outside the vocabulary, a position outside the table, or a tensor operation fails.
     pub fn forward(&self, tokens: &Tensor, positions: &Tensor, attention: &dyn Attention) -> Result<Tensor> {
         let rows = Rows { positions, attention };
-        let (mut residual, mut added) = (embed(tokens, self.embedding.value())?, None);
+        let (mut residual, mut added) = (embed(tokens, &self.embedding)?, None);
         for index in 0..self.layers.len() {
             let (trace, mlp) = self.layer(index, residual, added, &rows)?;
             (residual, added) = (trace.y, Some(mlp));
@@ -193,20 +193,23 @@ impl Layer {
     fn new(config: &ModelConfig, weights: &mut Weights, index: usize, device: &Device) -> Result<Self> {
         let ModelConfig { hidden, heads, kv_heads, head_dim, intermediate, .. } = *config;
         let prefix = format!("model.layers.{index}");
-        let mut part = |name: &str, shape: &[usize]| take(weights, &format!("{prefix}.{name}.weight"), shape, device);
+        let mut norm = |name: &str| take(weights, &format!("{prefix}.{name}.weight"), &[hidden], device);
+        let (attention_norm, mlp_norm) = (norm("input_layernorm")?, norm("post_attention_layernorm")?);
+        let mut part =
+            |name: &str, shape: &[usize]| take_matrix(weights, &format!("{prefix}.{name}.weight"), shape, device);
         Ok(Self {
-            attention_norm: part("input_layernorm", &[hidden])?.into(),
-            qkv: stack(&[
+            attention_norm: attention_norm.into(),
+            qkv: Linear::dense(Parameter::stack(&[
                 part("self_attn.q_proj", &[heads * head_dim, hidden])?,
                 part("self_attn.k_proj", &[kv_heads * head_dim, hidden])?,
                 part("self_attn.v_proj", &[kv_heads * head_dim, hidden])?,
-            ])?,
+            ])?)?,
             output: Linear::dense(part("self_attn.o_proj", &[hidden, heads * head_dim])?)?,
-            mlp_norm: part("post_attention_layernorm", &[hidden])?.into(),
-            gate_up: stack(&[
+            mlp_norm: mlp_norm.into(),
+            gate_up: Linear::dense(Parameter::stack(&[
                 part("mlp.gate_proj", &[intermediate, hidden])?,
                 part("mlp.up_proj", &[intermediate, hidden])?,
-            ])?,
+            ])?)?,
             down: Linear::dense(part("mlp.down_proj", &[hidden, intermediate])?)?,
             heads,
             kv_heads,
@@ -215,19 +218,13 @@ impl Layer {
     }
 }
 
-/// One linear layer out of several that read the same input: one pass over the input instead of many.
-fn stack(parts: &[Tensor]) -> Result<Linear> {
-    let same = parts.iter().all(|part| part.dtype() == parts[0].dtype());
-    let weight = if same {
-        Tensor::cat(parts, 0)?
-    } else {
-        let wide = parts.iter().map(|part| part.to_dtype(DType::F32)).collect::<candle_core::Result<Vec<_>>>()?;
-        Tensor::cat(&wide, 0)?
-    };
-    Linear::dense(weight)
-}
-
 /// Like [`Weights::take`], on `device` and contiguous, which stand-ins for missing tensors are not.
 pub(super) fn take(weights: &mut Weights, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
     Ok(weights.take(name, shape)?.to_device(device)?.contiguous()?)
+}
+
+/// Like [`Weights::take_matrix`], on `device` and contiguous.
+pub(super) fn take_matrix(weights: &mut Weights, name: &str, shape: &[usize], device: &Device) -> Result<Parameter> {
+    let weight = weights.take_matrix(name, shape)?;
+    if weight.is_quantized() { Ok(weight) } else { Ok(weight.value().to_device(device)?.contiguous()?.into()) }
 }

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::config::{HeadKind, ModelConfig};
-use super::decoder::{Decoder, take};
+use super::decoder::{Decoder, take_matrix};
 use super::weights::Weights;
 use crate::error::Result;
 use crate::ops::linear::Linear;
@@ -46,7 +46,7 @@ impl Head {
         };
         let embedding = decoder.embedding();
         let weight = match config.head_tensor {
-            Some(name) => take(weights, name, &[rows, config.hidden], embedding.value().device())?.into(),
+            Some(name) => take_matrix(weights, name, &[rows, config.hidden], embedding.value().device())?,
             None => embedding.clone(),
         };
         let linear = Linear::dense(weight)?;

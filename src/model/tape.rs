@@ -47,7 +47,7 @@ impl Decoder {
         keep: Keep,
     ) -> Result<Tape<'a, A>> {
         let rows = Rows { positions, attention };
-        let (mut residual, mut added) = (embed(tokens, self.embedding.value())?, None);
+        let (mut residual, mut added) = (embed(tokens, &self.embedding)?, None);
         let mut layers = Vec::with_capacity(self.layers.len());
         for index in 0..self.layers.len() {
             let (trace, mlp) = self.layer(index, residual, added, &rows)?;

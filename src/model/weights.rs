@@ -6,6 +6,7 @@ use std::collections::{BTreeSet, HashMap};
 use candle_core::{DType, Tensor};
 
 use crate::error::{Error, Result};
+use crate::ops::parameter::Parameter;
 
 /// At most this many names are spelt out for each kind of problem; the rest are counted.
 const NAMES_MAX: usize = 8;
@@ -14,13 +15,14 @@ const NAMES_MAX: usize = 8;
 #[derive(Debug)]
 pub struct Weights {
     tensors: HashMap<String, Tensor>,
+    quantized: HashMap<String, Parameter>,
     problems: WeightProblems,
 }
 
 impl Weights {
     /// All tensors of a checkpoint, by their Hugging Face names.
     pub fn new(tensors: HashMap<String, Tensor>) -> Self {
-        Self { tensors, problems: WeightProblems::default() }
+        Self { tensors, quantized: HashMap::new(), problems: WeightProblems::default() }
     }
 
     /// Takes the tensor `name`, which must have the given shape and be f32, f16 or bf16.
@@ -39,7 +41,35 @@ impl Weights {
             }
             Some(tensor) => return Ok(tensor),
         }
-        Ok(Tensor::zeros((), DType::F32, &candle_core::Device::Cpu)?.broadcast_as(shape)?)
+        stand_in(shape)
+    }
+
+    /// Takes the matrix `name` as [`Weights::take`] does; it may be quantised.
+    ///
+    /// # Errors
+    /// Only if the stand-in cannot be made.
+    pub fn take_matrix(&mut self, name: &str, shape: &[usize]) -> Result<Parameter> {
+        match self.quantized.remove(name) {
+            Some(matrix) => {
+                let (rows, k) = matrix.dims2()?;
+                if shape == [rows, k] {
+                    return Ok(matrix);
+                }
+                self.problems.misshapen(name, &[rows, k], shape);
+                Ok(stand_in(shape)?.into())
+            }
+            None => Ok(self.take(name, shape)?.into()),
+        }
+    }
+
+    /// Adds the quantised matrix `name`.
+    pub fn put_quantized(&mut self, name: impl Into<String>, matrix: Parameter) {
+        self.quantized.insert(name.into(), matrix);
+    }
+
+    /// Whether there are quantised matrices: a model of them computes, but cannot be trained.
+    pub fn is_quantized(&self) -> bool {
+        !self.quantized.is_empty()
     }
 
     /// Adds the tensor `name`, in the place of one that is there.
@@ -68,11 +98,16 @@ impl Weights {
     /// [`Error::Checkpoint`] naming every tensor that was missing, had the wrong shape or type, or was never taken.
     /// Left-over tensors that carry nothing (see [`is_harmless_extra`]) are passed over.
     pub fn finish(mut self) -> Result<()> {
-        for name in self.tensors.keys().filter(|name| !is_harmless_extra(name)) {
+        for name in self.tensors.keys().chain(self.quantized.keys()).filter(|name| !is_harmless_extra(name)) {
             self.problems.unused(name);
         }
         self.problems.into_result()
     }
+}
+
+/// Zeros that occupy no memory.
+fn stand_in(shape: &[usize]) -> Result<Tensor> {
+    Ok(Tensor::zeros((), DType::F32, &candle_core::Device::Cpu)?.broadcast_as(shape)?)
 }
 
 /// Tensors that old exports carry and no model needs: the rotary frequencies, which follow from `rope_theta`.

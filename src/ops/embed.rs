@@ -2,13 +2,14 @@
 
 use super::parallel::{filled, for_each};
 use super::parameter::Parameter;
+use super::quantized::Matrix;
 use super::storage::{Shared, Weights, slice, slice_mut};
 use crate::error::Result;
 use candle_core::{CpuStorage, CustomOp2, InplaceOp3, Layout, Shape, Tensor};
 
-/// `ids` `[T]` u32 and `weight` `[V, d]` f32, bf16 or f16 to `[T, d]` f32. An id of V or more is an error.
-pub fn embed(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    Ok(ids.apply_op2_no_bwd(weight, &Embed)?)
+/// `ids` `[T]` u32 and `weight` `[V, d]`, quantised, f32, bf16 or f16, to `[T, d]` f32. An id of V or more is an error.
+pub fn embed(ids: &Tensor, weight: &Parameter) -> Result<Tensor> {
+    Ok(ids.apply_op2_no_bwd(weight.value(), &Embed { quantized: weight.matrices().first().copied() })?)
 }
 
 /// Adds row t of `dy` `[T, d]` f32, the gradient of [`embed`]'s result, to row `ids[t]` of the gradient of a trained `weight`.
@@ -19,7 +20,10 @@ pub fn embed_backward(ids: &Tensor, weight: &Parameter, dy: &Tensor) -> Result<(
     }
 }
 
-struct Embed;
+struct Embed {
+    /// What the bytes of a quantised weight stand for.
+    quantized: Option<Matrix>,
+}
 
 impl CustomOp2 for Embed {
     fn name(&self) -> &'static str {
@@ -34,13 +38,24 @@ impl CustomOp2 for Embed {
         weight_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let count = ids_layout.shape().dims1()?;
-        let (vocab, width) = weight_layout.shape().dims2()?;
+        let (vocab, width) = match self.quantized {
+            Some(matrix) => (matrix.rows, matrix.k),
+            None => weight_layout.shape().dims2()?,
+        };
         let ids: &[u32] = slice("embed", ids, ids_layout)?;
-        let weight = Weights::new("embed", weight, weight_layout)?;
         if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
             candle_core::bail!("embed: token id {id} is outside of the vocabulary of {vocab}");
         }
-        let out = filled(count * width, width, |row, out| weight.widen(ids[row] as usize * width, out));
+        let out = match self.quantized {
+            Some(matrix) => {
+                let tiles: &[u8] = slice("embed", weight, weight_layout)?;
+                filled(count * width, width, |row, out| matrix.row(tiles, ids[row] as usize, out))
+            }
+            None => {
+                let weight = Weights::new("embed", weight, weight_layout)?;
+                filled(count * width, width, |row, out| weight.widen(ids[row] as usize * width, out))
+            }
+        };
         Ok((CpuStorage::F32(out), Shape::from((count, width))))
     }
 }
@@ -99,7 +114,7 @@ mod tests {
             let weight = tensor(1, (10, 7)).to_dtype(dtype).unwrap();
             let rows = floats(&weight);
             let ids = [9u32, 0, 3, 3];
-            let got = embed(&Tensor::new(&ids, &Device::Cpu).unwrap(), &weight).unwrap();
+            let got = embed(&Tensor::new(&ids, &Device::Cpu).unwrap(), &weight.into()).unwrap();
             assert_eq!((got.dims(), got.dtype()), (&[4, 7][..], DType::F32));
             let expected: Vec<f32> = ids.iter().flat_map(|&id| rows[id as usize * 7..][..7].to_vec()).collect();
             check_bits("rows", &floats(&got), &expected);
@@ -124,7 +139,7 @@ mod tests {
     #[test]
     fn an_id_outside_of_the_vocabulary_is_an_error() {
         let ids = Tensor::new(&[1u32, 10], &Device::Cpu).unwrap();
-        let error = embed(&ids, &tensor(1, (10, 7))).unwrap_err().to_string();
+        let error = embed(&ids, &tensor(1, (10, 7)).into()).unwrap_err().to_string();
         assert!(error.contains("token id 10"), "{error}");
     }
 }

@@ -15,6 +15,7 @@ pub mod logprobs;
 pub mod memory;
 pub mod parallel;
 pub mod parameter;
+pub mod quantized;
 pub mod rms_norm;
 pub mod rope;
 pub mod sample;

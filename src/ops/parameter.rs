@@ -1,7 +1,8 @@
 //! A weight as the model holds it and, where it is trained, the running sum of its gradients.
 
-use crate::error::Result;
-use candle_core::{DType, Tensor};
+use super::quantized::Matrix;
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Tensor};
 
 /// How the products of a weight are computed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -17,6 +18,8 @@ pub enum Precision {
 #[derive(Debug, Clone)]
 pub struct Parameter {
     value: Tensor,
+    /// What `value` stands for where it is bytes: matrices whose rows follow each other.
+    matrices: Vec<Matrix>,
     gradient: Option<Tensor>,
     precision: Precision,
 }
@@ -24,7 +27,54 @@ pub struct Parameter {
 impl Parameter {
     /// A weight that no step changes.
     pub fn frozen(value: Tensor) -> Self {
-        Self { value, gradient: None, precision: Precision::F32 }
+        Self { value, matrices: Vec::new(), gradient: None, precision: Precision::F32 }
+    }
+
+    /// The quantised weight `matrix`, whose `blocks` lie row after row as in a GGUF file. No step changes it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for rows that are not whole blocks, [`Error::Checkpoint`] for another number of bytes.
+    pub fn quantized(matrix: Matrix, blocks: &[u8], device: &Device) -> Result<Self> {
+        let value = Tensor::from_vec(matrix.pack(blocks)?, matrix.tiles_bytes(), device)?;
+        Ok(Self { matrices: vec![matrix], ..Self::frozen(value) })
+    }
+
+    /// One weight out of several `[out, in]` that read the same input: their rows follow each other.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if only some are quantised, otherwise if a tensor operation fails.
+    pub fn stack(parts: &[Self]) -> Result<Self> {
+        let quantized = parts.iter().filter(|part| part.is_quantized()).count();
+        if quantized > 0 && quantized < parts.len() {
+            let what = "a layer whose q, k and v, or gate and up, are partly quantised and partly not";
+            return Err(Error::Unsupported(what.to_owned()));
+        }
+        let same = parts.windows(2).all(|pair| pair[0].value.dtype() == pair[1].value.dtype());
+        let wide = |part: &Self| if same { Ok(part.value.clone()) } else { part.value.to_dtype(DType::F32) };
+        let values = parts.iter().map(wide).collect::<candle_core::Result<Vec<_>>>()?;
+        let matrices = parts.iter().flat_map(|part| part.matrices.iter().copied()).collect();
+        Ok(Self { matrices, ..Self::frozen(Tensor::cat(&values, 0)?) })
+    }
+
+    /// Whether its value is quantised: then it can be multiplied by and read, but not trained.
+    pub fn is_quantized(&self) -> bool {
+        !self.matrices.is_empty()
+    }
+
+    /// Of a quantised weight, the matrices whose rows follow each other; none of another.
+    pub(super) fn matrices(&self) -> &[Matrix] {
+        &self.matrices
+    }
+
+    /// Rows and columns of a matrix: the outputs and inputs of a layer, tokens and width of an embedding.
+    ///
+    /// # Errors
+    /// If it is a vector.
+    pub fn dims2(&self) -> Result<(usize, usize)> {
+        match self.matrices.first() {
+            Some(first) => Ok((self.matrices.iter().map(|matrix| matrix.rows).sum(), first.k)),
+            None => Ok(self.value.dims2()?),
+        }
     }
 
     /// A weight to be trained: its float32 copy, and a gradient of zeros.
@@ -35,7 +85,7 @@ impl Parameter {
         // A copy: the weights of a checkpoint may be shared with another model, the reference of preference learning.
         let value = value.to_dtype(DType::F32)?.copy()?;
         let gradient = Some(value.zeros_like()?);
-        Ok(Self { value, gradient, precision: Precision::F32 })
+        Ok(Self { value, matrices: Vec::new(), gradient, precision: Precision::F32 })
     }
 
     /// The same parameter with its products computed in `precision`.
@@ -49,7 +99,7 @@ impl Parameter {
         self.precision
     }
 
-    /// The weight.
+    /// The weight; bytes where it is quantised.
     pub fn value(&self) -> &Tensor {
         &self.value
     }

@@ -23,6 +23,8 @@ pub(super) const LANES: usize = 16;
 pub(super) trait Isa: Copy + Send + Sync {
     /// Sixteen f32.
     type V: Copy;
+    /// Sixteen i32, or four bytes in each of their places.
+    type Q: Copy;
 
     /// Runs `kernel` compiled for this instruction set.
     fn call<K: Kernel>(self, kernel: K) -> K::Output;
@@ -48,6 +50,20 @@ pub(super) trait Isa: Copy + Send + Sync {
     fn select_less(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
     /// v * 2^n for n = t - 1.5 * 2^23, where both v and the result are normal.
     fn scale_by_power(self, v: Self::V, t: Self::V) -> Self::V;
+    fn splat_int(self, x: i32) -> Self::Q;
+    fn load_bytes(self, x: &[u8; 4 * LANES]) -> Self::Q;
+    fn and(self, a: Self::Q, b: Self::Q) -> Self::Q;
+    fn or(self, a: Self::Q, b: Self::Q) -> Self::Q;
+    /// Every i32 by `n` bits, zeros behind.
+    fn shift_left(self, a: Self::Q, n: u32) -> Self::Q;
+    /// Every i32 by `n` bits, zeros before.
+    fn shift_right(self, a: Self::Q, n: u32) -> Self::Q;
+    /// Every i32 of `sums` and the products of four unsigned bytes of `a` with four signed ones of `b`, none of which is -128.
+    fn dot4(self, sums: Self::Q, a: Self::Q, b: Self::Q) -> Self::Q;
+    /// i32 to f32, rounded to nearest even.
+    fn to_float(self, a: Self::Q) -> Self::V;
+    fn widen_u8(self, x: &[u8; LANES]) -> Self::V;
+    fn widen_i8(self, x: &[u8; LANES]) -> Self::V;
     /// Hints that the cache line at `address` is needed soon; any address is allowed.
     fn prefetch(self, address: *const u8);
 
@@ -297,6 +313,19 @@ mod tests {
             let halves = self.0[4].map(f16::from_f32);
             let brains = self.0[5].map(bf16::from_f32);
             results.extend([isa.load_f16(&halves), isa.load_bf16(&brains)]);
+            let bytes = |row: usize| {
+                let mut bytes = [0; 4 * LANES];
+                let source = self.0[row].iter().flat_map(|x| x.to_bits().to_le_bytes());
+                bytes.iter_mut().zip(source).for_each(|(byte, x)| *byte = x);
+                bytes
+            };
+            let (p, q) = (isa.load_bytes(&bytes(6)), isa.load_bytes(&bytes(7).map(|byte| byte.max(0x81))));
+            let mut ints = vec![isa.splat_int(-7), isa.and(p, q), isa.or(p, q), isa.shift_left(p, 3), isa.shift_right(p, 5)];
+            ints.extend([isa.dot4(isa.shift_right(p, 9), p, q), isa.dot4(q, isa.splat_int(-1), isa.splat_int(0x7f7f_7f7f))]);
+            ints.push(isa.dot4(isa.splat_int(1), isa.splat_int(-1), isa.splat_int(0x8181_8181_u32.cast_signed())));
+            results.extend(ints.into_iter().map(|ints| isa.to_float(ints)));
+            let few: [u8; LANES] = std::array::from_fn(|i| bytes(8)[i]);
+            results.extend([isa.widen_u8(&few), isa.widen_i8(&few)]);
             let mut out: Vec<f32> = isa.sum4([a, b, c, v[3]]).into();
             out.extend([a, b, c, v[3]].map(|v| isa.sum(v)));
             for result in results {

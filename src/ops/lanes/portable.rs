@@ -8,6 +8,7 @@ use half::{bf16, f16};
 pub(in crate::ops) struct Portable;
 
 type V = [f32; LANES];
+type Q = [i32; LANES];
 
 #[inline(always)]
 fn zip(a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
@@ -16,6 +17,7 @@ fn zip(a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
 
 impl Isa for Portable {
     type V = V;
+    type Q = Q;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
@@ -85,6 +87,60 @@ impl Isa for Portable {
     #[inline(always)]
     fn scale_by_power(self, v: V, t: V) -> V {
         zip(v, t, |v, t| f32::from_bits(v.to_bits().wrapping_add(t.to_bits() << 23)))
+    }
+
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> Q {
+        [x; LANES]
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, x: &[u8; 4 * LANES]) -> Q {
+        let (fours, _) = x.as_chunks();
+        std::array::from_fn(|i| i32::from_le_bytes(fours[i]))
+    }
+
+    #[inline(always)]
+    fn and(self, a: Q, b: Q) -> Q {
+        std::array::from_fn(|i| a[i] & b[i])
+    }
+
+    #[inline(always)]
+    fn or(self, a: Q, b: Q) -> Q {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+
+    #[inline(always)]
+    fn shift_left(self, a: Q, n: u32) -> Q {
+        a.map(|a| a << n)
+    }
+
+    #[inline(always)]
+    fn shift_right(self, a: Q, n: u32) -> Q {
+        a.map(|a| (a.cast_unsigned() >> n).cast_signed())
+    }
+
+    #[inline(always)]
+    fn dot4(self, sums: Q, a: Q, b: Q) -> Q {
+        std::array::from_fn(|i| {
+            let products = a[i].to_le_bytes().into_iter().zip(b[i].to_le_bytes());
+            products.fold(sums[i], |sum, (a, b)| sum.wrapping_add(i32::from(a) * i32::from(b.cast_signed())))
+        })
+    }
+
+    #[inline(always)]
+    fn to_float(self, a: Q) -> V {
+        a.map(|a| a as f32)
+    }
+
+    #[inline(always)]
+    fn widen_u8(self, x: &[u8; LANES]) -> V {
+        x.map(f32::from)
+    }
+
+    #[inline(always)]
+    fn widen_i8(self, x: &[u8; LANES]) -> V {
+        x.map(|x| f32::from(x.cast_signed()))
     }
 
     #[inline(always)]

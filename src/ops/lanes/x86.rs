@@ -5,7 +5,8 @@ use super::{Isa, Kernel, LANES};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
-/// AVX-512F, with AVX2, FMA and F16C.
+/// AVX-512F and its integer dot products (VNNI), with AVX2, FMA and F16C. The first processors with AVX-512 have no VNNI and slow
+/// down with it: they use AVX2.
 #[derive(Clone, Copy)]
 pub(in crate::ops) struct Avx512(());
 
@@ -15,7 +16,8 @@ pub(in crate::ops) struct Avx2(());
 
 impl Avx512 {
     pub(in crate::ops) fn detect() -> Option<Self> {
-        (is_x86_feature_detected!("avx512f") && Avx2::detect().is_some()).then_some(Self(()))
+        let all = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
+        (all && Avx2::detect().is_some()).then_some(Self(()))
     }
 }
 
@@ -29,7 +31,7 @@ impl Avx2 {
 
 // Never inlined: a kernel among others competes with them for registers, and loses.
 #[inline(never)]
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512vnni,avx2,fma,f16c")]
 fn with_avx512<K: Kernel>(isa: Avx512, kernel: K) -> K::Output {
     kernel.run(isa)
 }
@@ -42,6 +44,7 @@ fn with_avx2<K: Kernel>(isa: Avx2, kernel: K) -> K::Output {
 
 impl Isa for Avx512 {
     type V = __m512;
+    type Q = __m512i;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
@@ -137,6 +140,66 @@ impl Isa for Avx512 {
             let power = _mm512_slli_epi32::<23>(_mm512_castps_si512(t));
             _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), power))
         }
+    }
+
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> __m512i {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_set1_epi32(x) }
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, x: &[u8; 4 * LANES]) -> __m512i {
+        // SAFETY: AVX-512F, and 64 readable bytes; no alignment is asked for.
+        unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn and(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_and_si512(a, b) }
+    }
+
+    #[inline(always)]
+    fn or(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+
+    #[inline(always)]
+    fn shift_left(self, a: __m512i, n: u32) -> __m512i {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(n.cast_signed())) }
+    }
+
+    #[inline(always)]
+    fn shift_right(self, a: __m512i, n: u32) -> __m512i {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_srl_epi32(a, _mm_cvtsi32_si128(n.cast_signed())) }
+    }
+
+    #[inline(always)]
+    fn dot4(self, sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: VNNI.
+        unsafe { _mm512_dpbusd_epi32(sums, a, b) }
+    }
+
+    #[inline(always)]
+    fn to_float(self, a: __m512i) -> __m512 {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_cvtepi32_ps(a) }
+    }
+
+    #[inline(always)]
+    fn widen_u8(self, x: &[u8; LANES]) -> __m512 {
+        // SAFETY: AVX-512F, and 16 readable bytes.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
+    fn widen_i8(self, x: &[u8; LANES]) -> __m512 {
+        // SAFETY: AVX-512F, and 16 readable bytes.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
     }
 
     #[inline(always)]
@@ -244,10 +307,23 @@ fn sum8(v: __m256) -> f32 {
     _mm_cvtss_f32(v)
 }
 
+/// Products of two bytes are added as 16 bits, which hold them where the unsigned one has seven bits: its eighth goes apart.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot4(sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
+    let (low, high) = (_mm256_and_si256(a, _mm256_set1_epi8(127)), _mm256_srli_epi16::<7>(a));
+    let low = _mm256_maddubs_epi16(low, b);
+    let high = _mm256_maddubs_epi16(_mm256_and_si256(high, _mm256_set1_epi8(1)), b);
+    let low = _mm256_madd_epi16(low, _mm256_set1_epi16(1));
+    let high = _mm256_madd_epi16(high, _mm256_set1_epi16(128));
+    _mm256_add_epi32(sums, _mm256_add_epi32(low, high))
+}
+
 type Pair = [__m256; 2];
 
 impl Isa for Avx2 {
     type V = Pair;
+    type Q = [__m256i; 2];
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
@@ -351,6 +427,80 @@ impl Isa for Avx2 {
             let low = _mm256_add_epi32(_mm256_castps_si256(v[0]), low);
             let high = _mm256_add_epi32(_mm256_castps_si256(v[1]), high);
             [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> [__m256i; 2] {
+        // SAFETY: AVX.
+        unsafe { [_mm256_set1_epi32(x); 2] }
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, x: &[u8; 4 * LANES]) -> [__m256i; 2] {
+        // SAFETY: AVX, and twice 32 readable bytes; no alignment is asked for.
+        unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x[32..].as_ptr().cast())] }
+    }
+
+    #[inline(always)]
+    fn and(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: AVX2.
+        unsafe { [_mm256_and_si256(a[0], b[0]), _mm256_and_si256(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn or(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: AVX2.
+        unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn shift_left(self, a: [__m256i; 2], n: u32) -> [__m256i; 2] {
+        // SAFETY: AVX2.
+        unsafe {
+            let n = _mm_cvtsi32_si128(n.cast_signed());
+            [_mm256_sll_epi32(a[0], n), _mm256_sll_epi32(a[1], n)]
+        }
+    }
+
+    #[inline(always)]
+    fn shift_right(self, a: [__m256i; 2], n: u32) -> [__m256i; 2] {
+        // SAFETY: AVX2.
+        unsafe {
+            let n = _mm_cvtsi32_si128(n.cast_signed());
+            [_mm256_srl_epi32(a[0], n), _mm256_srl_epi32(a[1], n)]
+        }
+    }
+
+    #[inline(always)]
+    fn dot4(self, sums: [__m256i; 2], a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: AVX2.
+        unsafe { [dot4(sums[0], a[0], b[0]), dot4(sums[1], a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn to_float(self, a: [__m256i; 2]) -> Pair {
+        // SAFETY: AVX.
+        unsafe { [_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])] }
+    }
+
+    #[inline(always)]
+    fn widen_u8(self, x: &[u8; LANES]) -> Pair {
+        // SAFETY: AVX2, and 16 readable bytes.
+        unsafe {
+            let x = _mm_loadu_si128(x.as_ptr().cast());
+            let high = _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(x));
+            [_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)), _mm256_cvtepi32_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    fn widen_i8(self, x: &[u8; LANES]) -> Pair {
+        // SAFETY: AVX2, and 16 readable bytes.
+        unsafe {
+            let x = _mm_loadu_si128(x.as_ptr().cast());
+            let high = _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(x));
+            [_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), _mm256_cvtepi32_ps(high)]
         }
     }
 

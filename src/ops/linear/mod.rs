@@ -3,6 +3,7 @@
 
 use super::lanes::Body;
 use super::parameter::{Parameter, Precision};
+use super::quantized;
 use super::storage::{Weights, slice};
 use crate::error::{Error, Result};
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor};
@@ -21,17 +22,20 @@ use brain::{Left, Right};
 /// A linear layer without bias.
 #[derive(Debug, Clone)]
 pub enum Linear {
-    /// The weight `[out, in]` as the checkpoint has it: f32, bf16 or f16.
+    /// The weight `[out, in]` as the checkpoint has it: f32, bf16, f16 or quantised.
     Dense(Parameter),
     /// A dense layer and low-rank corrections to some of its outputs.
     Adapted(Parameter, Vec<Adapter>),
 }
 
 impl Linear {
-    /// A layer over `weight` `[out, in]`, f32, bf16 or f16, kept as it is and contiguous. Fails for other types and ranks.
+    /// A layer over `weight` `[out, in]`, quantised, f32, bf16 or f16, kept as it is and contiguous. Fails for other types and ranks.
     pub fn dense(weight: impl Into<Parameter>) -> Result<Self> {
         let weight = weight.into();
-        weight.value().dims2()?;
+        weight.dims2()?;
+        if weight.is_quantized() {
+            return Ok(Self::Dense(weight));
+        }
         match weight.value().dtype() {
             DType::F32 | DType::BF16 | DType::F16 if weight.value().is_contiguous() => Ok(Self::Dense(weight)),
             DType::F32 | DType::BF16 | DType::F16 => Ok(Self::Dense(weight.value().contiguous()?.into())),
@@ -75,13 +79,17 @@ impl Linear {
 
     /// Outputs and inputs of the layer.
     pub fn dims(&self) -> Result<(usize, usize)> {
-        Ok(self.weight().value().dims2()?)
+        self.weight().dims2()
     }
 }
 
 /// `x` `[T, in]` f32 and `weight` `[out, in]` to `[T, out]`.
 fn product(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
-    let product = Product { body: Body::best(), precision: weight.precision() };
+    let body = Body::best();
+    if weight.is_quantized() {
+        return Ok(x.apply_op2_no_bwd(weight.value(), &quantized::Product { body, matrices: weight.matrices() })?);
+    }
+    let product = Product { body, precision: weight.precision() };
     Ok(x.apply_op2_no_bwd(weight.value(), &product)?)
 }
 
