@@ -3,7 +3,7 @@
 use super::facts::{self, TokenizerFacts};
 use super::safetensors::TensorFile;
 use super::shards::{SINGLE, Shards};
-use super::{CONFIG, Checkpoint, Files, GENERATION_CONFIG, OpenedTokenizer, TOKENIZER_JSON};
+use super::{CONFIG, Checkpoint, Files, GENERATION_CONFIG, OpenedTokenizer, TOKENIZER_JSON, Tensors};
 use crate::error::Result;
 use crate::model::config::ModelConfig;
 
@@ -67,7 +67,13 @@ impl BuiltIn {
         let facts = TokenizerFacts::parse(Some(files.tokenizer_config), None, Some(files.template.to_owned()))?;
         let tokenizer = OpenedTokenizer { json: files.tokenizer.to_owned(), facts };
         let shards = Shards::of(vec![TensorFile::embedded(SINGLE, files.tensors)?])?;
-        Ok(Checkpoint::assemble(self.name().to_owned(), config, tokenizer, shards, Files::BuiltIn(self)))
+        Ok(Checkpoint::assemble(
+            self.name().to_owned(),
+            config,
+            tokenizer,
+            Tensors::Safetensors(shards),
+            Files::BuiltIn(self),
+        ))
     }
 
     fn files(self) -> &'static BuiltInFiles {

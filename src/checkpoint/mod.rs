@@ -1,6 +1,8 @@
 //! Where model files come from and what they mean: a folder, the hub or the program itself becomes one `Checkpoint`,
 //! checked file by file before a large allocation. Running the model is not its business.
 
+use std::io::Read;
+
 use candle_core::Device;
 
 use crate::error::{Error, Result};
@@ -12,20 +14,23 @@ use crate::text::{ChatTemplate, Tokenizer};
 pub mod embedded;
 pub mod facts;
 mod folder;
+mod gguf;
 pub mod hub;
 pub mod safetensors;
 pub mod sentencepiece;
 mod shards;
 mod source;
+mod tensor;
 
 pub use facts::TokenizerFacts;
 pub use hub::HubOptions;
-pub use safetensors::TensorInfo;
 pub use shards::{INDEX, SINGLE};
 pub use source::{Repository, Source};
+pub use tensor::{Storage, TensorInfo};
 
 use embedded::BuiltIn;
 use folder::Folder;
+use gguf::GgufTensors;
 use shards::Shards;
 
 /// Sizes and kind of a model.
@@ -37,6 +42,9 @@ const TOKENIZER_MODEL: &str = "tokenizer.model";
 /// Everything that tells how text becomes tokens; a checkpoint has some of these.
 pub const TOKENIZER_FILES: [&str; 6] =
     [TOKENIZER_JSON, TOKENIZER_MODEL, facts::CONFIG, facts::SPECIAL_MAP, "added_tokens.json", facts::TEMPLATE];
+
+/// Data is read in portions of this size, so that progress is seen and a lying size is noticed early.
+const PORTION_BYTES: usize = 16 << 20;
 
 /// How far a long operation has come. Sizes are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,8 +78,15 @@ pub struct Checkpoint {
     pub tokenizer_json: String,
     /// What the files beside the tokenizer say.
     pub tokenizer_config: TokenizerFacts,
-    shards: Shards,
+    tensors: Tensors,
     files: Files,
+}
+
+/// Where the tensors of a checkpoint are.
+#[derive(Debug, Clone)]
+enum Tensors {
+    Safetensors(Shards),
+    Gguf(GgufTensors),
 }
 
 /// Where the small files of a checkpoint are.
@@ -79,6 +94,10 @@ pub struct Checkpoint {
 enum Files {
     Folder(Folder),
     BuiltIn(BuiltIn),
+    Gguf {
+        /// What its metadata says, as config.json.
+        config: String,
+    },
 }
 
 struct OpenedTokenizer {
@@ -98,6 +117,7 @@ pub fn open(source: &Source, options: &HubOptions, progress: &mut dyn FnMut(Prog
             let folder = Folder::open(path)?;
             Checkpoint::from_folder(folder.name(), &folder)
         }
+        Source::Gguf(path) => gguf::open(path),
         Source::Hub(repository) => {
             let path = hub::fetch(repository, options, progress)?;
             Checkpoint::from_folder(repository.id.clone(), &Folder::open(&path)?)
@@ -110,11 +130,11 @@ impl Checkpoint {
         let config = read_config(folder)?;
         let shards = Shards::open(folder)?;
         let tokenizer = OpenedTokenizer { json: tokenizer_json(folder)?, facts: TokenizerFacts::read(folder)? };
-        Ok(Self::assemble(name, config, tokenizer, shards, Files::Folder(folder.clone())))
+        Ok(Self::assemble(name, config, tokenizer, Tensors::Safetensors(shards), Files::Folder(folder.clone())))
     }
 
-    fn assemble(name: String, config: ModelConfig, tokenizer: OpenedTokenizer, shards: Shards, files: Files) -> Self {
-        Self { name, config, tokenizer_json: tokenizer.json, tokenizer_config: tokenizer.facts, shards, files }
+    fn assemble(name: String, config: ModelConfig, tokenizer: OpenedTokenizer, tensors: Tensors, files: Files) -> Self {
+        Self { name, config, tokenizer_json: tokenizer.json, tokenizer_config: tokenizer.facts, tensors, files }
     }
 
     /// The bytes of the small file `name`, such as [`CONFIG`], as the checkpoint has it; None where it has none.
@@ -124,13 +144,22 @@ impl Checkpoint {
     pub fn file(&self, name: &str) -> Result<Option<Vec<u8>>> {
         match &self.files {
             Files::Folder(folder) => folder.bytes(name),
+            Files::Gguf { config } => Ok(match name {
+                CONFIG => Some(config.as_bytes().to_vec()),
+                TOKENIZER_JSON => Some(self.tokenizer_json.as_bytes().to_vec()),
+                facts::TEMPLATE => self.tokenizer_config.chat_template.as_ref().map(|text| text.as_bytes().to_vec()),
+                _ => None,
+            }),
             Files::BuiltIn(built_in) => Ok(built_in.file(name).map(|text| text.as_bytes().to_vec())),
         }
     }
 
     /// Every tensor the files hold, without reading any.
     pub fn headers(&self) -> Vec<TensorInfo> {
-        self.shards.infos().cloned().collect()
+        match &self.tensors {
+            Tensors::Safetensors(shards) => shards.infos().cloned().collect(),
+            Tensors::Gguf(tensors) => tensors.infos().cloned().collect(),
+        }
     }
 
     /// Whether the files hold the tensors that config.json asks for.
@@ -138,7 +167,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] naming all that are missing, of another shape or type, or not used.
     pub fn check_tensors(&self) -> Result<()> {
-        self.shards.check(&self.config)
+        tensor::check(self.headers().iter(), &self.config)
     }
 
     /// Reads the tensors onto `device`, after [`Checkpoint::check_tensors`].
@@ -147,7 +176,10 @@ impl Checkpoint {
     /// As [`Checkpoint::check_tensors`], and [`Error::Checkpoint`] if a file cannot be read.
     pub fn load_weights(&self, device: &Device, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Weights> {
         self.check_tensors()?;
-        self.shards.load(device, progress)
+        match &self.tensors {
+            Tensors::Safetensors(shards) => shards.load(device, progress),
+            Tensors::Gguf(tensors) => tensors.load(device, progress),
+        }
     }
 
     /// The tokenizer.
@@ -210,4 +242,19 @@ fn tokenizer_json(folder: &Folder) -> Result<String> {
         Some(model) => sentencepiece::to_tokenizer_json(&model),
         None => Err(Error::Checkpoint(format!("{folder}: no {TOKENIZER_JSON} and no {TOKENIZER_MODEL}"))),
     }
+}
+
+/// Memory grows with what was really read: a file that is shorter than it said cannot make us ask for more.
+fn read_exactly(reader: &mut impl Read, bytes: u64, on_bytes: &mut dyn FnMut(u64)) -> std::io::Result<Vec<u8>> {
+    let mut data = Vec::new();
+    let mut left = usize::try_from(bytes).map_err(std::io::Error::other)?;
+    data.try_reserve_exact(left).map_err(std::io::Error::other)?;
+    while left > 0 {
+        let (portion, start) = (left.min(PORTION_BYTES), data.len());
+        data.resize(start + portion, 0);
+        reader.read_exact(&mut data[start..])?;
+        left -= portion;
+        on_bytes(portion as u64);
+    }
+    Ok(data)
 }

@@ -10,6 +10,8 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
+use super::read_exactly;
+use super::tensor::{Storage, TensorInfo};
 use crate::error::{Error, Result};
 
 /// Largest header that is parsed; the largest published ones are below 1 MB.
@@ -18,31 +20,13 @@ const HEADER_BYTES_MAX: u64 = 16 << 20;
 const TENSORS_MAX: usize = 100_000;
 /// The length of the header comes first.
 const LENGTH_BYTES: u64 = 8;
-/// Data is read in portions of this size, so that progress is seen and a lying size is noticed early.
-const PORTION_BYTES: usize = 16 << 20;
 
-/// What a header says about one tensor.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
-    /// Its name, such as `model.norm.weight`.
-    pub name: String,
-    /// Element type as the file spells it, such as `BF16`.
-    pub dtype: Dtype,
-    /// Its dimensions.
-    pub shape: Vec<usize>,
-    /// Size of its data in bytes.
-    pub bytes: u64,
-}
-
-impl TensorInfo {
-    /// The element type, if it is one that models are read from.
-    pub fn float(&self) -> Option<DType> {
-        match self.dtype {
-            Dtype::F32 => Some(DType::F32),
-            Dtype::F16 => Some(DType::F16),
-            Dtype::BF16 => Some(DType::BF16),
-            _ => None,
-        }
+fn storage(dtype: Dtype) -> Storage {
+    match dtype {
+        Dtype::F32 => Storage::Float(DType::F32),
+        Dtype::F16 => Storage::Float(DType::F16),
+        Dtype::BF16 => Storage::Float(DType::BF16),
+        other => Storage::Other(other.to_string()),
     }
 }
 
@@ -109,31 +93,16 @@ impl TensorFile {
         for info in &self.tensors {
             let place = start;
             start += info.bytes;
-            let (true, Some(dtype)) = (wanted(&info.name), info.float()) else { continue };
+            let (true, Storage::Float(dtype)) = (wanted(&info.name), &info.storage) else { continue };
             let damaged =
                 |error: std::io::Error| Error::Checkpoint(format!("{}: reading {}: {error}", self.label, info.name));
             reader.seek(SeekFrom::Start(place)).map_err(damaged)?;
             let data = read_exactly(&mut reader, info.bytes, on_bytes).map_err(damaged)?;
-            let tensor = Tensor::from_raw_buffer(&data, dtype, &info.shape, device)?;
+            let tensor = Tensor::from_raw_buffer(&data, *dtype, &info.shape, device)?;
             into.insert(info.name.clone(), tensor);
         }
         Ok(())
     }
-}
-
-/// Memory grows with what was really read: a file that is shorter than it said cannot make us ask for more.
-fn read_exactly(reader: &mut impl Read, bytes: u64, on_bytes: &mut dyn FnMut(u64)) -> std::io::Result<Vec<u8>> {
-    let mut data = Vec::new();
-    let mut left = usize::try_from(bytes).map_err(std::io::Error::other)?;
-    data.try_reserve_exact(left).map_err(std::io::Error::other)?;
-    while left > 0 {
-        let (portion, start) = (left.min(PORTION_BYTES), data.len());
-        data.resize(start + portion, 0);
-        reader.read_exact(&mut data[start..])?;
-        left -= portion;
-        on_bytes(portion as u64);
-    }
-    Ok(data)
 }
 
 /// The tensors in the order of their data, and where the data begins.
@@ -166,7 +135,7 @@ fn read_header(reader: &mut impl Read, file_bytes: u64, label: &str) -> Result<(
     tensors.sort_by_key(|(_, info)| info.data_offsets);
     let infos = tensors.into_iter().map(|(name, info)| TensorInfo {
         name,
-        dtype: info.dtype,
+        storage: storage(info.dtype),
         shape: info.shape.clone(),
         bytes: (info.data_offsets.1 - info.data_offsets.0) as u64,
     });

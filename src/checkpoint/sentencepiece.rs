@@ -11,7 +11,7 @@ mod merges;
 mod proto;
 
 use charsmap::CharacterMap;
-use proto::{Algorithm, Kind, Model};
+pub(super) use proto::{Algorithm, Kind, Model, Piece, kind};
 
 /// SentencePiece's visible space, U+2581.
 const SPACE: &str = "\u{2581}";
@@ -28,8 +28,12 @@ const LEADING_SPACES_MAX: usize = 1 << 16;
 /// # Errors
 /// [`Error::Checkpoint`] for a damaged model, [`Error::Unsupported`] for a sound one of another kind.
 pub fn to_tokenizer_json(model: &[u8]) -> Result<String> {
-    let model = Model::parse(model)?;
-    refuse_others(&model)?;
+    model_to_tokenizer_json(&Model::parse(model)?)
+}
+
+/// As [`to_tokenizer_json`], of a model that was read from elsewhere.
+pub(super) fn model_to_tokenizer_json(model: &Model<'_>) -> Result<String> {
+    refuse_others(model)?;
     let unknown = model.unknown()?;
     let vocab: serde_json::Map<String, Value> =
         model.pieces.iter().enumerate().map(|(id, piece)| (piece.text.to_owned(), json!(id))).collect();
@@ -40,11 +44,11 @@ pub fn to_tokenizer_json(model: &[u8]) -> Result<String> {
         "version": "1.0",
         "truncation": null,
         "padding": null,
-        "added_tokens": added_tokens(&model),
-        "normalizer": normalizer(&model)?,
+        "added_tokens": added_tokens(model),
+        "normalizer": normalizer(model)?,
         "pre_tokenizer": null,
         "post_processor": null,
-        "decoder": decoder(&model),
+        "decoder": decoder(model),
         "model": {
             "type": "BPE",
             "dropout": null,

@@ -8,10 +8,10 @@ use serde::Deserialize;
 
 use super::Progress;
 use super::folder::Folder;
-use super::safetensors::{TensorFile, TensorInfo};
+use super::safetensors::TensorFile;
+use super::tensor::TensorInfo;
 use crate::error::{Error, Result};
-use crate::model::config::ModelConfig;
-use crate::model::weights::{WeightProblems, Weights, is_harmless_extra};
+use crate::model::weights::{Weights, is_harmless_extra};
 
 /// The file of a checkpoint that has only one.
 pub const SINGLE: &str = "model.safetensors";
@@ -90,24 +90,6 @@ impl Shards {
     /// All tensors, file by file.
     pub(super) fn infos(&self) -> impl Iterator<Item = &TensorInfo> {
         self.files.iter().flat_map(|file| &file.tensors)
-    }
-
-    /// Compares names, shapes and element types with what the model needs.
-    pub(super) fn check(&self, config: &ModelConfig) -> Result<()> {
-        let mut problems = WeightProblems::default();
-        let mut found: HashMap<&str, &TensorInfo> = self.infos().map(|info| (info.name.as_str(), info)).collect();
-        for (name, shape) in config.weight_shapes() {
-            match found.remove(name.as_str()) {
-                None => problems.missing(&name),
-                Some(info) if info.shape != shape => problems.misshapen(&name, &info.shape, &shape),
-                Some(info) if info.float().is_none() => problems.wrong_dtype(&name, &info.dtype.to_string()),
-                Some(_) => {}
-            }
-        }
-        for name in found.into_keys().filter(|name| !is_harmless_extra(name)) {
-            problems.unused(name);
-        }
-        problems.into_result()
     }
 
     /// Reads all tensors the model needs onto `device`.

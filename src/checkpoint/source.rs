@@ -12,6 +12,8 @@ pub enum Source {
     BuiltIn(BuiltIn),
     /// A folder on this machine.
     Folder(PathBuf),
+    /// A file in GGUF, or the first of several.
+    Gguf(PathBuf),
     /// A repository on the Hugging Face hub.
     Hub(Repository),
 }
@@ -26,7 +28,7 @@ pub struct Repository {
 }
 
 impl Source {
-    /// Reads `text`: a built-in name (`eurus-mini/policy`), else a folder that exists, else `org/name[@revision]`.
+    /// Reads `text`: a built-in name (`eurus-mini/policy`), else a folder or .gguf file that exists, else `org/name[@revision]`.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a text that is none of these.
@@ -39,7 +41,11 @@ impl Source {
             return Ok(Self::Folder(path.to_owned()));
         }
         if !text.contains('\0') && path.is_file() {
-            let what = format!("{} is a file; name the folder with config.json and the tensors", shown(text));
+            if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+                return Ok(Self::Gguf(path.to_owned()));
+            }
+            let what =
+                format!("{} is a file; name a .gguf file or the folder with config.json and the tensors", shown(text));
             return Err(Error::invalid("model", what));
         }
         if text.starts_with(['.', '/', '~']) {
@@ -157,6 +163,6 @@ mod tests {
             assert!(error.to_string().len() < 400, "{text:?}");
         }
         let file = Source::parse("Cargo.toml").unwrap_err().to_string();
-        assert!(file.contains("is a file; name the folder"), "{file}");
+        assert!(file.contains("is a file; name a .gguf file or the folder"), "{file}");
     }
 }

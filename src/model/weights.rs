@@ -3,10 +3,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::ops::parameter::Parameter;
+
+pub use crate::ops::quantized::{Format, Matrix};
 
 /// At most this many names are spelt out for each kind of problem; the rest are counted.
 const NAMES_MAX: usize = 8;
@@ -62,9 +64,19 @@ impl Weights {
         }
     }
 
-    /// Adds the quantised matrix `name`.
-    pub fn put_quantized(&mut self, name: impl Into<String>, matrix: Parameter) {
-        self.quantized.insert(name.into(), matrix);
+    /// Adds the quantised `matrix` `name`, whose `blocks` lie row after row as in a GGUF file.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for rows that are not whole blocks, [`Error::Checkpoint`] for another number of bytes.
+    pub fn put_quantized(
+        &mut self,
+        name: impl Into<String>,
+        matrix: Matrix,
+        blocks: &[u8],
+        device: &Device,
+    ) -> Result<()> {
+        self.quantized.insert(name.into(), Parameter::quantized(matrix, blocks, device)?);
+        Ok(())
     }
 
     /// Whether there are quantised matrices: a model of them computes, but cannot be trained.
@@ -107,7 +119,7 @@ impl Weights {
 
 /// Zeros that occupy no memory.
 fn stand_in(shape: &[usize]) -> Result<Tensor> {
-    Ok(Tensor::zeros((), DType::F32, &candle_core::Device::Cpu)?.broadcast_as(shape)?)
+    Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?)
 }
 
 /// Tensors that old exports carry and no model needs: the rotary frequencies, which follow from `rope_theta`.
@@ -172,8 +184,6 @@ fn listed(names: &BTreeSet<String>) -> String {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
-    use candle_core::Device;
-
     use super::*;
 
     fn weights(tensors: &[(&str, &[usize], DType)]) -> Weights {

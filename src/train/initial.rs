@@ -85,6 +85,11 @@ pub fn trained(
         Init::Random => Weights::new(random_tensors(&checkpoint.config, seed)?),
     };
     let mut config = checkpoint.config.clone();
+    if weights.is_quantized() {
+        let message =
+            format!("{} is quantised, and quantised weights are not trained: name its original", checkpoint.name);
+        return Err(Error::invalid("model.from", message));
+    }
     match (recipe.stage, config.head) {
         (Stage::Reward, HeadKind::Language) => reward_head(&mut config, &mut weights, seed, device)?,
         (Stage::Reward, HeadKind::Reward) | (_, HeadKind::Language) => {}

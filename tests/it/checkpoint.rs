@@ -11,6 +11,7 @@ use eurus::model::config::{HeadKind, ModelConfig};
 use eurus::model::weights::Weights;
 use tempfile::TempDir;
 
+pub(crate) mod gguf;
 mod hub;
 mod sentencepiece;
 

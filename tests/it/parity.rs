@@ -285,7 +285,7 @@ impl Attention for Packed {
 }
 
 /// The hidden states of all `prompts` `[T, hidden]`, each whole and next to the others, without a cache.
-fn packed(model: &Model, prompts: &[Vec<TokenId>]) -> Tensor {
+pub(crate) fn packed(model: &Model, prompts: &[Vec<TokenId>]) -> Tensor {
     let mut starts = vec![0];
     starts.extend(prompts.iter().scan(0, |end, prompt| {
         *end += prompt.len();

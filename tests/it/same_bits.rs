@@ -9,11 +9,13 @@ use eurus::engine::{
     BlockPool, Counters, Event, Executor, Limits, Request, SamplingParams, Scheduler, ScoreRows, Task, TokenId,
     TokenLogProb,
 };
+use eurus::model::Model;
 use eurus::model::config::ModelConfig;
 use eurus::ops::parallel;
 use eurus::runner::Runner;
 use tokio::sync::mpsc::{Receiver, channel};
 
+use crate::checkpoint::gguf;
 use crate::parity::{load_changed, runner};
 
 const MIXES: u64 = 50;
@@ -225,7 +227,11 @@ fn check(preset: &str, kind: Kind) {
         // Longer than a tile of the attention, so that where tiles begin would be seen.
         config.window = config.window.map(|_| 90);
     };
-    let model = || load_changed(&folder, change);
+    check_model(preset, kind, || load_changed(&folder, change));
+}
+
+#[track_caller]
+fn check_model(preset: &str, kind: Kind, model: impl Fn() -> Model) {
     let mut reference = runner(model(), 40, 16);
     let mut runners = BLOCK_SIZES.map(|block_size| runner(model(), (LEN_MAX + 24) / block_size + 201, block_size));
     let mut total = Counters::default();
@@ -272,4 +278,14 @@ fn a_policy_with_one_key_head_answers_the_same_in_any_company() {
 #[test]
 fn rewards_are_the_same_in_any_company() {
     check("reward", Kind::Reward);
+}
+
+#[test]
+fn a_policy_in_q8_0_answers_the_same_in_any_company() {
+    check_model("q8_0", Kind::Policy, || gguf::model("q8_0.gguf"));
+}
+
+#[test]
+fn a_policy_in_q4_k_and_q6_k_answers_the_same_in_any_company() {
+    check_model("q4_k_m", Kind::Policy, || gguf::model("q4_k_m.gguf"));
 }

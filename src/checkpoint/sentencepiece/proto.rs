@@ -10,7 +10,7 @@ const PIECE_CHARS_MAX: usize = 128;
 
 /// How text is split into pieces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Algorithm {
+pub(in crate::checkpoint) enum Algorithm {
     Unigram,
     Bpe,
     Other,
@@ -18,7 +18,7 @@ pub(super) enum Algorithm {
 
 /// What a piece is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(in crate::checkpoint) enum Kind {
     Normal,
     Unknown,
     Control,
@@ -29,29 +29,29 @@ pub(super) enum Kind {
 
 /// One entry of the vocabulary; its id is its place.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Piece<'a> {
-    pub(super) text: &'a str,
-    pub(super) score: f32,
-    pub(super) kind: Kind,
+pub(in crate::checkpoint) struct Piece<'a> {
+    pub(in crate::checkpoint) text: &'a str,
+    pub(in crate::checkpoint) score: f32,
+    pub(in crate::checkpoint) kind: Kind,
 }
 
 /// A model file. Defaults are the message's.
 #[derive(Debug)]
-pub(super) struct Model<'a> {
-    pub(super) pieces: Vec<Piece<'a>>,
-    pub(super) algorithm: Algorithm,
-    pub(super) byte_fallback: bool,
-    pub(super) whitespace_as_suffix: bool,
-    pub(super) charsmap: &'a [u8],
-    pub(super) add_dummy_prefix: bool,
-    pub(super) remove_extra_whitespaces: bool,
-    pub(super) escape_whitespaces: bool,
-    pub(super) has_denormalizer: bool,
+pub(in crate::checkpoint) struct Model<'a> {
+    pub(in crate::checkpoint) pieces: Vec<Piece<'a>>,
+    pub(in crate::checkpoint) algorithm: Algorithm,
+    pub(in crate::checkpoint) byte_fallback: bool,
+    pub(in crate::checkpoint) whitespace_as_suffix: bool,
+    pub(in crate::checkpoint) charsmap: &'a [u8],
+    pub(in crate::checkpoint) add_dummy_prefix: bool,
+    pub(in crate::checkpoint) remove_extra_whitespaces: bool,
+    pub(in crate::checkpoint) escape_whitespaces: bool,
+    pub(in crate::checkpoint) has_denormalizer: bool,
 }
 
 impl<'a> Model<'a> {
     /// Reads a model and checks what SentencePiece itself insists on.
-    pub(super) fn parse(bytes: &'a [u8]) -> Result<Self> {
+    pub(in crate::checkpoint) fn parse(bytes: &'a [u8]) -> Result<Self> {
         let mut model = Self {
             pieces: Vec::new(),
             algorithm: Algorithm::Unigram,
@@ -84,7 +84,7 @@ impl<'a> Model<'a> {
     }
 
     /// Text of the one piece for what cannot be expressed.
-    pub(super) fn unknown(&self) -> Result<&'a str> {
+    pub(in crate::checkpoint) fn unknown(&self) -> Result<&'a str> {
         let mut unknown = self.pieces.iter().filter(|piece| piece.kind == Kind::Unknown);
         match (unknown.next(), unknown.next()) {
             (Some(piece), None) => Ok(piece.text),
@@ -157,17 +157,7 @@ fn piece_of(bytes: &[u8]) -> Result<Piece<'_>> {
                 piece.text = std::str::from_utf8(text).map_err(|_| damaged("has a piece that is not UTF-8"))?;
             }
             (2, Field::Float(score)) => piece.score = score,
-            (3, Field::Number(kind)) => {
-                piece.kind = match kind {
-                    1 => Kind::Normal,
-                    2 => Kind::Unknown,
-                    3 => Kind::Control,
-                    4 => Kind::UserDefined,
-                    5 => Kind::Unused,
-                    6 => Kind::Byte,
-                    other => return Err(damaged(format!("has a piece of unknown type {other}"))),
-                }
-            }
+            (3, Field::Number(number)) => piece.kind = kind(number)?,
             _ => {}
         }
     }
@@ -179,6 +169,19 @@ fn piece_of(bytes: &[u8]) -> Result<Piece<'_>> {
         return Err(damaged(format!("gives the piece {:?} the score {}", piece.text, piece.score)));
     }
     Ok(piece)
+}
+
+/// The kind of a piece by its number.
+pub(in crate::checkpoint) fn kind(number: u64) -> Result<Kind> {
+    Ok(match number {
+        1 => Kind::Normal,
+        2 => Kind::Unknown,
+        3 => Kind::Control,
+        4 => Kind::UserDefined,
+        5 => Kind::Unused,
+        6 => Kind::Byte,
+        other => return Err(damaged(format!("has a piece of unknown type {other}"))),
+    })
 }
 
 fn damaged(what: impl AsRef<str>) -> Error {

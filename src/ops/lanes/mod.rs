@@ -320,8 +320,12 @@ mod tests {
                 bytes
             };
             let (p, q) = (isa.load_bytes(&bytes(6)), isa.load_bytes(&bytes(7).map(|byte| byte.max(0x81))));
-            let mut ints = vec![isa.splat_int(-7), isa.and(p, q), isa.or(p, q), isa.shift_left(p, 3), isa.shift_right(p, 5)];
-            ints.extend([isa.dot4(isa.shift_right(p, 9), p, q), isa.dot4(q, isa.splat_int(-1), isa.splat_int(0x7f7f_7f7f))]);
+            let mut ints =
+                vec![isa.splat_int(-7), isa.and(p, q), isa.or(p, q), isa.shift_left(p, 3), isa.shift_right(p, 5)];
+            ints.extend([
+                isa.dot4(isa.shift_right(p, 9), p, q),
+                isa.dot4(q, isa.splat_int(-1), isa.splat_int(0x7f7f_7f7f)),
+            ]);
             ints.push(isa.dot4(isa.splat_int(1), isa.splat_int(-1), isa.splat_int(0x8181_8181_u32.cast_signed())));
             results.extend(ints.into_iter().map(|ints| isa.to_float(ints)));
             let few: [u8; LANES] = std::array::from_fn(|i| bytes(8)[i]);

@@ -1,7 +1,7 @@
 //! Numbers to blocks, as `llama-quantize` rounds them: Q8_0 and Q4_0 by the largest number of a block.
 
-use super::blocks::Block;
 use super::Format;
+use super::blocks::Block;
 use crate::error::{Error, Result};
 use crate::ops::parallel;
 use half::f16;

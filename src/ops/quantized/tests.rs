@@ -1,3 +1,4 @@
+//! Formats bit by bit, products against exact ones, and the promises about bits.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use candle_core::{Device, Tensor};
@@ -127,7 +128,8 @@ fn stacked_matrices_of_different_formats_compute_side_by_side() {
     let x = Tensor::from_vec(numbers(4, 3 * 256), (3, 256), &Device::Cpu).unwrap();
     let stacked = Linear::dense(Parameter::stack(&parts).unwrap()).unwrap();
     assert_eq!(stacked.dims().unwrap(), (69, 256));
-    let each: Vec<Tensor> = parts.iter().map(|part| Linear::dense(part.clone()).unwrap().forward(&x).unwrap()).collect();
+    let each: Vec<Tensor> =
+        parts.iter().map(|part| Linear::dense(part.clone()).unwrap().forward(&x).unwrap()).collect();
     check_bits("stack", &floats(&stacked.forward(&x).unwrap()), &floats(&Tensor::cat(&each, 1).unwrap()));
     let mixed = [parts[0].clone(), Tensor::zeros((4, 256), candle_core::DType::F32, &Device::Cpu).unwrap().into()];
     assert!(Parameter::stack(&mixed).unwrap_err().to_string().contains("partly quantised"));
@@ -155,7 +157,8 @@ fn quantising_is_off_by_half_a_step_at_most() {
         let weight = Parameter::quantized(matrix(format, 16, 256), &blocks, &Device::Cpu).unwrap();
         for (x, got) in x.chunks(32).zip(values(&weight).chunks(32)) {
             let largest = x.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
-            // Half a step and 127 times the rounding of the scale to f16. Q4_0 has codes from -8 to 7, so the number opposite to the largest may be off by a whole step.
+            // Half a step, and 127 times the rounding of the scale to f16. Q4_0 has codes from -8 to 7, so the number opposite
+            // to the largest may be off by a whole step.
             let most = if format == Format::Q4_0 { 1.01 } else { 0.57 } * largest / steps;
             assert!(x.iter().zip(got).all(|(x, got)| (x - got).abs() <= most), "{format:?}");
         }

@@ -1,0 +1,66 @@
+//! What a file says about one of its tensors, and whether a model can be made of them.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use candle_core::DType;
+
+use crate::error::Result;
+use crate::model::config::ModelConfig;
+use crate::model::weights::{Format, WeightProblems, is_harmless_extra};
+
+/// How numbers are stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Storage {
+    /// F32, F16 or BF16.
+    Float(DType),
+    /// In blocks of few bits.
+    Quantized(Format),
+    /// In another way, which no model is read from.
+    Other(String),
+}
+
+impl fmt::Display for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Float(dtype) => f.write_str(dtype.as_str()),
+            Self::Quantized(format) => f.write_str(format.name()),
+            Self::Other(name) => f.write_str(name),
+        }
+    }
+}
+
+/// What a header says about one tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Its Hugging Face name, such as `model.norm.weight`.
+    pub name: String,
+    /// How its numbers are stored.
+    pub storage: Storage,
+    /// Its dimensions.
+    pub shape: Vec<usize>,
+    /// Size of its data in bytes.
+    pub bytes: u64,
+}
+
+/// Compares names, shapes and element types with what the model needs.
+pub(super) fn check<'a>(infos: impl Iterator<Item = &'a TensorInfo>, config: &ModelConfig) -> Result<()> {
+    let mut problems = WeightProblems::default();
+    let mut found: HashMap<&str, &TensorInfo> = infos.map(|info| (info.name.as_str(), info)).collect();
+    for (name, shape) in config.weight_shapes() {
+        match found.remove(name.as_str()) {
+            None => problems.missing(&name),
+            Some(info) if info.shape != shape => problems.misshapen(&name, &info.shape, &shape),
+            Some(TensorInfo { storage: Storage::Other(storage), .. }) => problems.wrong_dtype(&name, storage),
+            // Norms are vectors, which are never quantised.
+            Some(TensorInfo { storage: Storage::Quantized(format), .. }) if shape.len() == 1 => {
+                problems.wrong_dtype(&name, format.name());
+            }
+            Some(_) => {}
+        }
+    }
+    for name in found.into_keys().filter(|name| !is_harmless_extra(name)) {
+        problems.unused(name);
+    }
+    problems.into_result()
+}
