@@ -3,8 +3,9 @@
 
   python compare_llama_cpp.py CHECKPOINT [--threads 2] [--prefill 512] [--batches 1,4,8,16] [--context 64] [--steps 64]
   python compare_llama_cpp.py CHECKPOINT --eurus target/release/eurus     alternates with our own run and prints ratios
+  python compare_llama_cpp.py CHECKPOINT --formats bf16,q8_0,q4_0,q4_k_m  the same for every format
 
-Needs: pip install llama-cpp-python gguf numpy. The GGUF file is written beside the checkpoint once.
+Needs: pip install llama-cpp-python gguf numpy. A GGUF file for each format is written beside the checkpoint once, and both run it.
 """
 import argparse, ctypes, json, os, statistics, subprocess, sys, time
 import numpy as np
@@ -36,6 +37,7 @@ def to_gguf(folder, out):
     w.add_head_count(heads); w.add_head_count_kv(kv_heads); w.add_layer_norm_rms_eps(config["rms_norm_eps"])
     w.add_rope_dimension_count(config["hidden_size"] // heads); w.add_rope_freq_base(config["rope_theta"])
     w.add_vocab_size(config["vocab_size"]); w.add_tokenizer_model("none")
+    w.add_string("tokenizer.huggingface.json", open(os.path.join(folder, "tokenizer.json")).read())  # for us; llama.cpp gets ids
     names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
     parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
              "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
@@ -64,6 +66,22 @@ def to_gguf(folder, out):
     w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
 
 
+FORMATS = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # llama.cpp's numbers of file types
+
+
+def quantised(source, format):
+    """The file of `source`, which is not quantised, in `format`."""
+    import llama_cpp as L
+    target = source.replace("bf16.gguf", f"{format}.gguf")
+    if not os.path.exists(target):
+        params = L.llama_model_quantize_default_params()
+        params.ftype, params.nthread = FORMATS[format], 2
+        L.llama_log_set(QUIET, ctypes.c_void_p(0))
+        if L.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)) != 0:
+            sys.exit(f"{target} could not be written")
+    return target
+
+
 def rest_is_rotated(name):
     return "q_proj" in name or "k_proj" in name
 
@@ -81,6 +99,10 @@ class Peer:
         self.ctx = L.llama_init_from_model(self.model, p)
         self.memory = L.llama_get_memory(self.ctx)
         self.batch = L.llama_batch_init(2048, 0, 1)
+
+    def close(self):
+        self.L.llama_free(self.ctx)
+        self.L.llama_model_free(self.model)
 
     def decode(self, rows):
         """rows: (token, position, sequence, wanted)"""
@@ -120,10 +142,18 @@ def main():
     a.add_argument("checkpoint"); a.add_argument("--threads", type=int, default=2); a.add_argument("--prefill", type=int, default=512)
     a.add_argument("--batches", default="1,4,8,16"); a.add_argument("--context", type=int, default=64); a.add_argument("--steps", type=int, default=64)
     a.add_argument("--eurus", help="our binary, for ratios"); a.add_argument("--rounds", type=int, default=5)
+    a.add_argument("--formats", default="bf16", help=f"bf16 (or what the checkpoint has), {', '.join(FORMATS)}")
     a = a.parse_args()
-    path = os.path.join(a.checkpoint, "llama_cpp.gguf")
-    if not os.path.exists(path):
-        to_gguf(a.checkpoint, path)
+    source = os.path.join(a.checkpoint, "bf16.gguf")
+    if not os.path.exists(source):
+        to_gguf(a.checkpoint, source)
+    for format in a.formats.split(","):
+        path = source if format == "bf16" else quantised(source, format)
+        print(f"{format} ({os.path.getsize(path) / 2**20:.0f} MiB)", flush=True)
+        compare(a, path)
+
+
+def compare(a, path):
     batches = [int(b) for b in a.batches.split(",")]
     peer = Peer(path, a.threads, max(a.prefill, max(batches) * (a.context + a.steps)) + 64)
     peer.prefill(a.prefill)
@@ -133,18 +163,19 @@ def main():
         for b in batches:
             theirs.setdefault(f"decode {b}", []).append(peer.generate(b, a.context, a.steps))
         if a.eurus:
-            out = subprocess.run([a.eurus, "bench", "model", "--model", a.checkpoint, "--threads", str(a.threads), "--prefill", str(a.prefill), "--batches", a.batches,
+            out = subprocess.run([a.eurus, "bench", "model", "--model", path, "--threads", str(a.threads), "--prefill", str(a.prefill), "--batches", a.batches,
                                   "--context", str(a.context), "--steps", str(a.steps), "--json"], check=True, capture_output=True, text=True).stdout
             report = json.loads(out)
             ours.setdefault("prefill", []).append(report["prefill_tokens_per_second"])
             for row in report["decode"]:
                 ours.setdefault(f"decode {row['batch']}", []).append(row["tokens_per_second"])
+    peer.close()
     for key, values in theirs.items():
         median = statistics.median(values)
-        line = f"{key:<10} llama.cpp {median:9.1f} tok/s"
+        line = f"  {key:<10} llama.cpp {median:9.1f} tok/s"
         if a.eurus:
             mine = statistics.median(ours[key]); line += f"   eurus {mine:9.1f} tok/s   ratio {mine / median:5.2f}"
-        print(line)
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ const BLOCK_SIZE: usize = 16;
 /// What to time.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Checkpoint: a built-in name, a folder, or a hub id
+    /// Checkpoint: a built-in name, a folder, a .gguf file, or a hub id
     #[arg(long, default_value = "eurus-mini/policy")]
     pub model: String,
     /// Threads for arithmetic; by default all cores

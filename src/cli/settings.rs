@@ -18,7 +18,7 @@ const WAITING_MAX: usize = 1 << 20;
 /// Which models, and how they run.
 #[derive(Debug, Args)]
 pub(super) struct SettingArgs {
-    /// Policy: a built-in name, a folder, or a hub id org/name[@revision]; "none" for no policy
+    /// Policy: a built-in name, a folder, a .gguf file, or a hub id org/name[@revision]; "none" for no policy
     #[arg(long, env = "EURUS_MODEL", value_name = "MODEL")]
     pub(super) model: Option<String>,
     /// Reward model, named like the policy; "none" for no reward model

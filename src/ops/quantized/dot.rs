@@ -103,25 +103,30 @@ fn of<F: Unpack>(body: Body, Operands { x, tiles, matrix }: Operands<'_>, out: &
     let x: Vec<Group> = parallel::filled(rows * groups, groups, |row, out: &mut [Group]| {
         body.run(Round { x: &x[row * k..][..k], out, zero: F::FORMAT.zero(), scales: F::SCALES });
     });
-    // Two streams of a thread, where the registers hold the sums of both.
+    // Two tiles advance together, where the registers hold the sums of both. Of few rows, memory is the limit, which likes long
+    // runs; of many, arithmetic, where threads should end together.
     let streams = if body.is_wide() { 2 } else { 1 };
     let tile_count = columns.div_ceil(COLUMNS);
-    parallel::for_each(tile_count.div_ceil(streams), |index| {
-        let first = index * streams;
-        let tile = |c: usize| &tiles[(first + c) * tile_bytes..][..tile_bytes];
-        let mut emit = |row: usize, c: usize, sums: &[f32; COLUMNS]| {
-            let column = (first + c) * COLUMNS;
-            // SAFETY: every sum is handed out once, to a place of its own.
-            #[allow(unsafe_code)]
-            unsafe {
-                let place = row * out.columns + out.first + column;
-                out.y.write(place, &sums[..COLUMNS.min(columns - column)]);
+    let run =
+        if rows > HEIGHT { streams } else { tile_count.div_ceil(4 * parallel::threads()).next_multiple_of(streams) };
+    parallel::for_each(tile_count.div_ceil(run), |index| {
+        let end = tile_count.min((index + 1) * run);
+        for first in (index * run..end).step_by(streams) {
+            let tile = |c: usize| &tiles[(first + c) * tile_bytes..][..tile_bytes];
+            let mut emit = |row: usize, c: usize, sums: &[f32; COLUMNS]| {
+                let column = (first + c) * COLUMNS;
+                // SAFETY: every sum is handed out once, to a place of its own.
+                #[allow(unsafe_code)]
+                unsafe {
+                    let place = row * out.columns + out.first + column;
+                    out.y.write(place, &sums[..COLUMNS.min(columns - column)]);
+                }
+            };
+            if streams == 2 && first + 1 < end {
+                rows_over::<F, 2>(body, &x, groups, [tile(0), tile(1)], &mut emit);
+            } else {
+                rows_over::<F, 1>(body, &x, groups, [tile(0)], &mut emit);
             }
-        };
-        if streams == 2 && first + 1 < tile_count {
-            rows_over::<F, 2>(body, &x, groups, [tile(0), tile(1)], &mut emit);
-        } else {
-            rows_over::<F, 1>(body, &x, groups, [tile(0)], &mut emit);
         }
     });
 }
@@ -206,8 +211,8 @@ impl<F: Unpack, const R: usize, const C: usize> Kernel for Dots<'_, F, R, C> {
                         for (half, scales) in scales.iter().enumerate().take(F::SCALES) {
                             let part = 8 / F::SCALES;
                             let mut dots = isa.splat_int(x.begins[half]);
-                            for i in half * part..(half + 1) * part {
-                                dots = isa.dot4(dots, codes[i], isa.splat_int(x.codes[i]));
+                            for (codes, x) in codes[half * part..][..part].iter().zip(&x.codes[half * part..]) {
+                                dots = isa.dot4(dots, *codes, isa.splat_int(*x));
                             }
                             sum = isa.fma(isa.to_float(dots), isa.mul(*scales, scale), sum);
                         }
