@@ -333,7 +333,8 @@ mod tests {
             refused(&file(&[key(ALIGNMENT, 4, &u32::to_le_bytes(alignment))], &[], 0), "general.alignment must be");
         }
         refused(&file(&[key(ALIGNMENT, 8, &text("x"))], &[], 0), "general.alignment must be");
-        refused(&one(&[1 << 32, 1 << 32], 0, 0, 0), "ends after the file");
+        refused(&one(&[1 << 32, 1 << 20], 0, 0, 0), "ends after the file");
+        refused(&one(&[1 << 32, 1 << 32], 0, 0, 0), "impossible shape");
         refused(&one(&[1 << 32, 1 << 32, 1 << 2], 0, 0, 0), "impossible shape");
         refused(&one(&[(1 << 62) + 1, 4], 0, 0, 16), "impossible shape");
         refused(&one(&[4], 0, 32, 47), "ends after the file");
