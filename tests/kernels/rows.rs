@@ -158,7 +158,7 @@ fn embedding_is_the_cpu_body_s() {
         let addresses = [out.address(), id_buffer.address(), weight.address()];
         Library::sound().run(&kernels::embed(dtype, addresses, [rows, width]), random.seed());
         let ids = Tensor::from_slice(&ids, rows, &Device::Cpu).unwrap();
-        compare(&out.floats(dtype), &floats(&embed(&ids, &weight.tensor((vocab, width))).unwrap()), 0.0, 0.0)
+        compare(&out.floats(dtype), &floats(&embed(&ids, &weight.tensor((vocab, width)).into()).unwrap()), 0.0, 0.0)
     });
 }
 
