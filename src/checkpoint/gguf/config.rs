@@ -115,6 +115,10 @@ pub(super) fn config_json(metadata: Metadata<'_>, head: &Head) -> Result<String>
     let tokens = metadata.list("tokenizer.ggml.tokens")?.map(|tokens| tokens.len() as u64);
     put("vocab_size", metadata.number("llama.vocab_size")?.or(tokens).map(Json::from));
     let eps = metadata.real("llama.attention.layer_norm_rms_epsilon")?;
+    if eps.is_none_or(|eps| !eps.is_finite()) {
+        let what = "llama.attention.layer_norm_rms_epsilon is missing or no number; convert the model again";
+        return Err(Error::Checkpoint(what.to_owned()));
+    }
     put("rms_norm_eps", eps.map(Json::from));
     put("rope_theta", metadata.real("llama.rope.freq_base")?.map(Json::from));
     // Only Mistral's configuration knows windows, and wants the number of key heads said.
@@ -140,6 +144,13 @@ fn refuse_others(metadata: Metadata<'_>) -> Result<()> {
     }
     if let Some(kind) = metadata.text("llama.rope.scaling.type")?.filter(|kind| *kind != "none") {
         return refused(format!("llama.rope.scaling.type {kind} is not supported"));
+    }
+    for key in ["llama.rope.scaling.factor", "llama.rope.scale_linear"] {
+        if metadata.text("llama.rope.scaling.type")?.is_none()
+            && metadata.real(key)?.is_some_and(|factor| factor != 1.0)
+        {
+            return refused(format!("{key} is not supported"));
+        }
     }
     let heads = metadata.number("llama.attention.head_count")?.unwrap_or(0);
     let share = metadata.number("llama.embedding_length")?.and_then(|hidden| hidden.checked_div(heads));

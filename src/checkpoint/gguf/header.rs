@@ -18,6 +18,8 @@ const HEADER_BYTES_MAX: u64 = 256 << 20;
 const TEXT_BYTES_MAX: u64 = 16 << 20;
 const TENSORS_MAX: u64 = 100_000;
 const KEYS_MAX: u64 = 100_000;
+/// Values of all lists together; each takes more memory than its bytes in the file.
+const LISTED_MAX: u64 = 1 << 23;
 const ALIGNMENT_MAX: u64 = 1 << 16;
 const ALIGNMENT: &str = "general.alignment";
 
@@ -65,7 +67,7 @@ impl Header {
 type Parsed<T> = std::result::Result<T, String>;
 
 fn read(reader: impl Read, file_bytes: u64) -> Parsed<(BTreeMap<String, Value>, Vec<Entry>)> {
-    let mut input = Input { reader, at: 0, end: file_bytes };
+    let mut input = Input { reader, at: 0, end: file_bytes, listed: 0 };
     if input.array::<4>()? != MAGIC {
         return Err("is no GGUF file".to_owned());
     }
@@ -128,6 +130,8 @@ struct Input<R> {
     reader: R,
     at: u64,
     end: u64,
+    /// Values of lists so far.
+    listed: u64,
 }
 
 impl<R: Read> Input<R> {
@@ -186,7 +190,8 @@ impl<R: Read> Input<R> {
             8 => Value::Text(self.text()?),
             9 if depth < 2 => {
                 let (kind, count) = (self.u32()?, self.u64()?);
-                if count > self.end - self.at {
+                self.listed = self.listed.saturating_add(count);
+                if count > self.end - self.at || self.listed > LISTED_MAX {
                     return Err(format!("a list of {count} values in a file of {} bytes", self.end));
                 }
                 let mut list = Vec::new();
@@ -350,6 +355,8 @@ mod tests {
         refused(&file(&[key("k", 13, &[0; 8])], &[], 0), "k: a value of unknown type 13");
         let many = [&0_u32.to_le_bytes()[..], &u64::MAX.to_le_bytes()].concat();
         refused(&file(&[key("k", 9, &many)], &[], 0), "k: a list of 18446744073709551615");
+        let long = [&0_u32.to_le_bytes()[..], &(LISTED_MAX + 1).to_le_bytes(), &vec![0; 1 << 24]].concat();
+        refused(&file(&[key("k", 9, &long)], &[], 0), "k: a list of 8388609 values");
         refused(&file(&[key("k", 8, &u64::MAX.to_le_bytes())], &[], 0), "a text of 18446744073709551615 bytes");
         let nested = [9_u32, 1, 0].map(u32::to_le_bytes).concat().repeat(50);
         refused(&file(&[key("k", 9, &nested)], &[], 0), "lists within lists");

@@ -231,6 +231,7 @@ fn other_kinds_of_files_are_refused_by_name() {
     for (from, to, part) in [
         ("general.architecture", "general.architectura", "architecture that is not named"),
         ("llama.embedding_length", "llama.embedding_lengtX", "hidden_size"),
+        ("llama.attention.layer_norm_rms_epsilon", "llama.attention.layer_norm_rms_epsiloX", "rms_epsilon is missing"),
         ("tokenizer.ggml.scores", "tokenizer.ggml.scoreX", "tokenizer.ggml.scores is missing"),
         ("tokenizer.ggml.model", "tokenizer.ggml.modeX", "tokenizer.ggml.model that is not named"),
         ("blk.0.attn_q.weight", "blk.0.attn_X.weight", "1 missing (model.layers.0.self_attn.q_proj.weight)"),
