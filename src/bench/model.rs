@@ -12,7 +12,7 @@ use crate::engine::step::{BlockId, Chunk, Draw, Executor, Rows, SequenceId, Step
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::config::HeadKind;
-use crate::ops::parallel;
+use crate::ops::{memory, parallel};
 use crate::runner::{Runner, kv_cache::KvCache};
 
 const BLOCK_SIZE: usize = 16;
@@ -38,6 +38,9 @@ pub struct Options {
     /// Steps of generation
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub steps: u32,
+    /// Compute products of bf16 weights in bf16 instead of float32
+    #[arg(long)]
+    pub bf16: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -71,7 +74,12 @@ pub struct DecodeRow {
 ///
 /// # Errors
 /// If the shape asked for does not fit the model, or a step fails.
-pub fn run(options: &Options, model: Model) -> Result<Report> {
+pub fn run(options: &Options, mut model: Model) -> Result<Report> {
+    if options.bf16 && model.pack()? == 0 {
+        let message = "no weight of this model can be multiplied in bf16 on this processor";
+        return Err(Error::invalid("--bf16", message));
+    }
+    memory::keep_freed();
     if let Some(threads) = options.threads {
         parallel::set_threads(threads);
     }

@@ -104,6 +104,17 @@ impl Model {
         set(self.head.linear_mut());
     }
 
+    /// Lays bf16 weights of linear layers out for products in bf16, as [`Linear::pack`]; a head that is the embedding stays as it is.
+    /// Returns how many weights that were.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn pack(&mut self) -> Result<usize> {
+        let own_head = self.config.head_tensor.map(|_| self.head.linear_mut());
+        let linears = self.decoder.layers.iter_mut().flat_map(Layer::each_mut).chain(own_head);
+        linears.map(Linear::pack).try_fold(0, |count, packed| Ok(count + usize::from(packed?)))
+    }
+
     /// Makes the weight of a head that is no embedding a trained one.
     ///
     /// # Errors

@@ -1,5 +1,8 @@
-//! How freed memory is kept. Steps of training ask for the same large blocks again and again: where the C library gives them back
-//! to the system in between, every page costs a fault each time, up to a sixth of the time of a small model.
+//! What the system is told of memory: how freed blocks are kept, and where pages should be large. Steps ask for the same large
+//! blocks again and again: where the C library gives them back to the system in between, every page costs a fault each time, up
+//! to a sixth of the time of a small model.
+
+use std::mem::MaybeUninit;
 
 /// Keeps what is freed for the next step, as far as the C library can be told: blocks of up to 32 MiB, the most that glibc takes.
 pub fn keep_freed() {
@@ -11,6 +14,25 @@ pub fn keep_freed() {
         unsafe {
             libc::mallopt(libc::M_MMAP_THRESHOLD, BLOCK_BYTES_MAX);
             libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        }
+    }
+}
+
+/// Asks for huge pages where `memory`, not yet touched, has room for some: reading on across ordinary ones costs a walk through the
+/// page table every 4 KiB, a third of the rate of one stream. Only a wish: nothing fails where the system has none.
+pub(super) fn ask_for_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
+    #[cfg(target_os = "linux")]
+    {
+        const HUGE_BYTES: usize = 2 << 20;
+        let range = memory.as_mut_ptr_range();
+        let start = range.start.addr().next_multiple_of(HUGE_BYTES);
+        let len = range.end.addr().saturating_sub(start) / HUGE_BYTES * HUGE_BYTES;
+        if len > 0 {
+            // SAFETY: whole pages inside of the slice; the advice changes no contents. A refusal changes nothing.
+            #[allow(unsafe_code)]
+            unsafe {
+                libc::madvise(range.start.with_addr(start).cast(), len, libc::MADV_HUGEPAGE);
+            }
         }
     }
 }

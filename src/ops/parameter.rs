@@ -1,6 +1,6 @@
 //! A weight as the model holds it and, where it is trained, the running sum of its gradients.
 
-use super::quantized::Matrix;
+use super::quantized::{self, Matrix};
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
@@ -20,6 +20,8 @@ pub struct Parameter {
     value: Tensor,
     /// What `value` stands for where it is bytes: matrices whose rows follow each other.
     matrices: Vec<Matrix>,
+    /// Rows and columns of what `value` stands for where it is tiles of bf16.
+    packed: Option<(usize, usize)>,
     gradient: Option<Tensor>,
     precision: Precision,
 }
@@ -27,7 +29,7 @@ pub struct Parameter {
 impl Parameter {
     /// A weight that no step changes.
     pub fn frozen(value: Tensor) -> Self {
-        Self { value, matrices: Vec::new(), gradient: None, precision: Precision::F32 }
+        Self { value, matrices: Vec::new(), packed: None, gradient: None, precision: Precision::F32 }
     }
 
     /// The quantised weight `matrix`, whose `blocks` lie row after row as in a GGUF file. No step changes it.
@@ -35,8 +37,17 @@ impl Parameter {
     /// # Errors
     /// [`Error::Unsupported`] for rows that are not whole blocks, [`Error::Checkpoint`] for another number of bytes.
     pub fn quantized(matrix: Matrix, blocks: &[u8], device: &Device) -> Result<Self> {
-        let value = Tensor::from_vec(matrix.pack(blocks)?, matrix.tiles_bytes(), device)?;
-        Ok(Self { matrices: vec![matrix], ..Self::frozen(value) })
+        Ok(Self { matrices: vec![matrix], ..Self::frozen(matrix.pack(blocks)?.to_device(device)?) })
+    }
+
+    /// The bf16 weight of shape `dims` that `tiles` hold.
+    pub(super) fn packed(tiles: Tensor, dims: (usize, usize)) -> Self {
+        Self { packed: Some(dims), ..Self::frozen(tiles) }
+    }
+
+    /// Rows and columns of a weight that lies in tiles of bf16.
+    pub(super) fn packed_dims(&self) -> Option<(usize, usize)> {
+        self.packed
     }
 
     /// One weight out of several `[out, in]` that read the same input: their rows follow each other.
@@ -49,11 +60,15 @@ impl Parameter {
             let what = "a layer whose q, k and v, or gate and up, are partly quantised and partly not";
             return Err(Error::Unsupported(what.to_owned()));
         }
+        let matrices: Vec<Matrix> = parts.iter().flat_map(|part| part.matrices.iter().copied()).collect();
+        if !matrices.is_empty() {
+            let tiles: Vec<&Tensor> = parts.iter().map(|part| &part.value).collect();
+            return Ok(Self { matrices, ..Self::frozen(quantized::side_by_side(&tiles)?) });
+        }
         let same = parts.windows(2).all(|pair| pair[0].value.dtype() == pair[1].value.dtype());
         let wide = |part: &Self| if same { Ok(part.value.clone()) } else { part.value.to_dtype(DType::F32) };
         let values = parts.iter().map(wide).collect::<candle_core::Result<Vec<_>>>()?;
-        let matrices = parts.iter().flat_map(|part| part.matrices.iter().copied()).collect();
-        Ok(Self { matrices, ..Self::frozen(Tensor::cat(&values, 0)?) })
+        Ok(Self::frozen(Tensor::cat(&values, 0)?))
     }
 
     /// Whether its value is quantised: then it can be multiplied by and read, but not trained.
@@ -71,9 +86,10 @@ impl Parameter {
     /// # Errors
     /// If it is a vector.
     pub fn dims2(&self) -> Result<(usize, usize)> {
-        match self.matrices.first() {
-            Some(first) => Ok((self.matrices.iter().map(|matrix| matrix.rows).sum(), first.k)),
-            None => Ok(self.value.dims2()?),
+        match (self.matrices.first(), self.packed) {
+            (Some(first), _) => Ok((self.matrices.iter().map(|matrix| matrix.rows).sum(), first.k)),
+            (None, Some(dims)) => Ok(dims),
+            (None, None) => Ok(self.value.dims2()?),
         }
     }
 
@@ -85,7 +101,7 @@ impl Parameter {
         // A copy: the weights of a checkpoint may be shared with another model, the reference of preference learning.
         let value = value.to_dtype(DType::F32)?.copy()?;
         let gradient = Some(value.zeros_like()?);
-        Ok(Self { value, matrices: Vec::new(), gradient, precision: Precision::F32 })
+        Ok(Self { gradient, ..Self::frozen(value) })
     }
 
     /// The same parameter with its products computed in `precision`.
@@ -99,7 +115,7 @@ impl Parameter {
         self.precision
     }
 
-    /// The weight; bytes where it is quantised.
+    /// The weight; bytes where it is quantised, tiles where it is packed.
     pub fn value(&self) -> &Tensor {
         &self.value
     }

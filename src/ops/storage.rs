@@ -1,8 +1,12 @@
 //! Tensors seen from a CPU body: contiguous slices of candle storages, and one output shared by threads in disjoint parts.
 
-use candle_core::{CpuStorage, Layout, WithDType};
+use super::memory;
+use candle_core::{CpuStorage, Device, Layout, Tensor, WithDType};
 use half::{bf16, f16};
 use std::borrow::Cow;
+
+/// What a processor reads from memory at once.
+const LINE_BYTES: usize = 64;
 
 /// The elements of a contiguous tensor, from its start offset on. Strided layouts and other types are errors that name `op`.
 pub(super) fn slice<'a, T: WithDType>(
@@ -149,4 +153,27 @@ pub(super) unsafe fn written<T: Copy + Default>(len: usize, write: impl FnOnce(&
     // SAFETY: the capacity was asked for, the elements are written (the caller's promise).
     unsafe { all.set_len(len) };
     all
+}
+
+/// A weight of `len` elements that `write` writes, one-dimensional. It is read from end to end again and again, so it begins at a line
+/// of the cache, and its memory is in huge pages where it is large and the system has them.
+///
+/// # Safety
+/// As [`written`].
+#[allow(unsafe_code)]
+pub(super) unsafe fn written_weight<T: WithDType + Default>(
+    len: usize,
+    write: impl FnOnce(&Shared<'_, T>),
+) -> candle_core::Result<Tensor> {
+    let spare = LINE_BYTES / size_of::<T>();
+    let mut all = Vec::<T>::with_capacity(len + spare);
+    memory::ask_for_huge_pages(all.spare_capacity_mut());
+    let first = all.as_ptr().align_offset(LINE_BYTES).min(spare);
+    all.resize(first, T::default());
+    // SAFETY: `first` is not above the capacity.
+    let start = unsafe { all.as_mut_ptr().add(first) };
+    write(&Shared { start, len, _borrow: std::marker::PhantomData });
+    // SAFETY: the capacity was asked for; the first elements are resized, the others written (the caller's promise).
+    unsafe { all.set_len(first + len) };
+    Tensor::from_vec(all, first + len, &Device::Cpu)?.narrow(0, first, len)
 }

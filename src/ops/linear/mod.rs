@@ -14,6 +14,12 @@ mod brain;
 mod dot;
 mod float;
 mod gradient;
+mod packed;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "no_pairs.rs"]
+mod pairs;
 
 use adapter::Adapter;
 use blocks::Sizes;
@@ -71,6 +77,22 @@ impl Linear {
         weight
     }
 
+    /// Lays a bf16 weight out for products with activations rounded to bf16, about twice as fast for prompts and batches where the
+    /// processor has an instruction for it; other weights, and all on other processors, stay as they are. Not to be trained then.
+    /// Returns whether it did.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn pack(&mut self) -> Result<bool> {
+        let weight = self.weight_mut();
+        if weight.is_quantized() || weight.packed_dims().is_some() || weight.gradient().is_some() {
+            return Ok(false);
+        }
+        let Some(tiles) = packed::pack(weight.value())? else { return Ok(false) };
+        *weight = Parameter::packed(tiles, weight.dims2()?);
+        Ok(true)
+    }
+
     /// The weight to be replaced.
     pub fn weight_mut(&mut self) -> &mut Parameter {
         let (Self::Dense(weight) | Self::Adapted(weight, _)) = self;
@@ -88,6 +110,9 @@ fn product(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
     let body = Body::best();
     if weight.is_quantized() {
         return Ok(x.apply_op2_no_bwd(weight.value(), &quantized::Product { body, matrices: weight.matrices() })?);
+    }
+    if let Some((columns, _)) = weight.packed_dims() {
+        return Ok(x.apply_op2_no_bwd(weight.value(), &packed::Product { columns })?);
     }
     let product = Product { body, precision: weight.precision() };
     Ok(x.apply_op2_no_bwd(weight.value(), &product)?)

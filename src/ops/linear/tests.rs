@@ -174,3 +174,30 @@ fn an_adapter_is_a_low_rank_change_of_the_weight() {
         check_close("dA", &floats(a.gradient().unwrap()), &naive(&turned(&d_low), &turned(&x)), 1e-4);
     }
 }
+
+#[test]
+fn a_packed_weight_multiplies_rounded_activations_with_the_same_bits_in_every_batch() {
+    let round = |x: &Tensor| x.to_dtype(DType::BF16).unwrap();
+    for (columns, k) in [(1, 2), (64, 96), (75, 258), (130, 1030)] {
+        let (x, weight) = (tensor(9, (70, k)), round(&tensor(10, (columns, k))));
+        let mut layer = Linear::dense(weight.clone()).unwrap();
+        if !layer.pack().unwrap() {
+            assert!(pairs::Pairs::detect().is_none());
+            continue;
+        }
+        assert_eq!(layer.dims().unwrap(), (columns, k));
+        let all = floats(&layer.forward(&x).unwrap());
+        check_close("packed", &all, &naive(&round(&x), &weight), 1e-6 * k as f64);
+        for count in [1, 2, 3, 5, 6, 7, 12, 13, 70] {
+            let part = layer.forward(&x.narrow(0, 70 - count, count).unwrap()).unwrap();
+            check_bits(&format!("{count} rows"), &floats(&part), &all[(70 - count) * columns..]);
+        }
+        set_threads(1);
+        check_bits("one thread", &floats(&layer.forward(&x).unwrap()), &all);
+        set_threads(0);
+        assert!(!layer.pack().unwrap(), "twice");
+    }
+    for unfit in [tensor(11, (8, 6)), round(&tensor(11, (8, 5)))] {
+        assert!(!Linear::dense(unfit).unwrap().pack().unwrap());
+    }
+}

@@ -4,7 +4,7 @@
 
 use super::formats::{COLUMNS, GROUP, Q4K, Q5K, Q6K, Q40, Q80, Unpack, negative_min};
 use super::tiles::record_bytes;
-use super::{Format, Matrix};
+use super::{Format, Matrix, TOGETHER};
 use crate::ops::lanes::{Body, Isa, Kernel, LANES};
 use crate::ops::parallel;
 use crate::ops::storage::{Shared, slice, written};
@@ -13,7 +13,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Shape};
 /// Rows of activations that go over a tile together, at most.
 const HEIGHT: usize = 8;
 /// How far ahead of use a tile is asked for.
-const PREFETCH_BYTES: usize = 2048;
+const PREFETCH_BYTES: usize = 4096;
 
 /// 32 activations.
 #[derive(Clone, Copy, Default)]
@@ -103,16 +103,16 @@ fn of<F: Unpack>(body: Body, Operands { x, tiles, matrix }: Operands<'_>, out: &
     let x: Vec<Group> = parallel::filled(rows * groups, groups, |row, out: &mut [Group]| {
         body.run(Round { x: &x[row * k..][..k], out, zero: F::FORMAT.zero(), scales: F::SCALES });
     });
-    // Two tiles advance together, where the registers hold the sums of both. Of few rows, memory is the limit, which likes long
-    // runs; of many, arithmetic, where threads should end together.
-    let streams = if body.is_wide() { 2 } else { 1 };
+    // Of few rows, memory is the limit, which likes long runs: tiles that lie together advance together, where the registers hold the
+    // sums of both. Of many, arithmetic, where threads should end together.
+    let together = rows <= HEIGHT / 2 && body.is_wide();
     let tile_count = columns.div_ceil(COLUMNS);
     let run =
-        if rows > HEIGHT { streams } else { tile_count.div_ceil(4 * parallel::threads()).next_multiple_of(streams) };
+        if rows > HEIGHT { TOGETHER } else { tile_count.div_ceil(4 * parallel::threads()).next_multiple_of(TOGETHER) };
     parallel::for_each(tile_count.div_ceil(run), |index| {
-        let end = tile_count.min((index + 1) * run);
-        for first in (index * run..end).step_by(streams) {
-            let tile = |c: usize| &tiles[(first + c) * tile_bytes..][..tile_bytes];
+        for first in (index * run..tile_count.min((index + 1) * run)).step_by(TOGETHER) {
+            let count = TOGETHER.min(tile_count - first);
+            let records = &tiles[first * tile_bytes..][..count * tile_bytes];
             let mut emit = |row: usize, c: usize, sums: &[f32; COLUMNS]| {
                 let column = (first + c) * COLUMNS;
                 // SAFETY: every sum is handed out once, to a place of its own.
@@ -122,13 +122,24 @@ fn of<F: Unpack>(body: Body, Operands { x, tiles, matrix }: Operands<'_>, out: &
                     out.y.write(place, &sums[..COLUMNS.min(columns - column)]);
                 }
             };
-            if streams == 2 && first + 1 < end {
-                rows_over::<F, 2>(body, &x, groups, [tile(0), tile(1)], &mut emit);
+            if together && count == TOGETHER {
+                rows_over::<F, TOGETHER>(body, &x, groups, Tiles { records, step: count, first: 0 }, &mut emit);
             } else {
-                rows_over::<F, 1>(body, &x, groups, [tile(0)], &mut emit);
+                for c in 0..count {
+                    let mut emit = |row: usize, _: usize, sums: &[f32; COLUMNS]| emit(row, c, sums);
+                    rows_over::<F, 1>(body, &x, groups, Tiles { records, step: count, first: c }, &mut emit);
+                }
             }
         }
     });
+}
+
+/// Some of `step` tiles whose records alternate, from `first` on.
+#[derive(Clone, Copy)]
+struct Tiles<'a> {
+    records: &'a [u8],
+    step: usize,
+    first: usize,
 }
 
 /// All rows over C tiles, a few at a time.
@@ -136,7 +147,7 @@ fn rows_over<F: Unpack, const C: usize>(
     body: Body,
     x: &[Group],
     groups: usize,
-    tiles: [&[u8]; C],
+    tiles: Tiles<'_>,
     emit: &mut impl FnMut(usize, usize, &[f32; COLUMNS]),
 ) {
     let rows = x.len() / groups;
@@ -159,7 +170,7 @@ fn strip<F: Unpack, const R: usize, const C: usize>(
     body: Body,
     x: &[Group],
     groups: usize,
-    tiles: [&[u8]; C],
+    tiles: Tiles<'_>,
     first: usize,
     emit: &mut impl FnMut(usize, usize, &[f32; COLUMNS]),
 ) -> usize {
@@ -175,7 +186,7 @@ fn strip<F: Unpack, const R: usize, const C: usize>(
 
 struct Dots<'a, F, const R: usize, const C: usize> {
     x: [&'a [Group]; R],
-    tiles: [&'a [u8]; C],
+    tiles: Tiles<'a>,
     format: std::marker::PhantomData<F>,
 }
 
@@ -188,10 +199,11 @@ impl<F: Unpack, const R: usize, const C: usize> Kernel for Dots<'_, F, R, C> {
         let mut sums = [[isa.splat(0.0); C]; R];
         let blocks = self.x[0].len() / F::GROUPS;
         let x = self.x.map(|x| &x[..blocks * F::GROUPS]);
-        let tiles = self.tiles.map(|tile| &tile[..blocks * bytes]);
-        for block in 0..blocks {
-            for (c, tile) in tiles.iter().enumerate() {
-                let record = &tile[block * bytes..][..bytes];
+        let Tiles { records, step, first } = self.tiles;
+        for (block, records) in records.chunks_exact(step * bytes).take(blocks).enumerate() {
+            // A range and not an iterator over records: that is not unrolled, and the sums would live in memory.
+            for c in 0..C {
+                let record = &records[(first + c) * bytes..][..bytes];
                 let ahead = record.as_ptr().wrapping_add(PREFETCH_BYTES);
                 for group in 0..F::GROUPS {
                     for line in 0..(bytes / F::GROUPS).div_ceil(64) {
@@ -225,8 +237,11 @@ impl<F: Unpack, const R: usize, const C: usize> Kernel for Dots<'_, F, R, C> {
             }
         }
         let mut out = [[[0.0; COLUMNS]; C]; R];
-        for (sums, out) in sums.iter().flatten().zip(out.iter_mut().flatten()) {
-            isa.store(*sums, out);
+        // Two loops: over a flattened array it would be one that is not unrolled, and the sums above would live in memory.
+        for (sums, out) in sums.iter().zip(&mut out) {
+            for (sum, out) in sums.iter().zip(out) {
+                isa.store(*sum, out);
+            }
         }
         out
     }

@@ -2,7 +2,9 @@
 //! x W^T multiplies them by activations rounded to eight bits, block by block; an embedding reads rows back.
 
 use super::parallel;
+use super::storage::{slice, written_weight};
 use crate::error::{Error, Result};
+use candle_core::{Storage, Tensor};
 
 mod blocks;
 mod dot;
@@ -15,6 +17,9 @@ pub use quantize::quantize;
 
 use blocks::Block;
 use formats::COLUMNS;
+
+/// Tiles whose records alternate, so that products which advance over both read one stream. Where their number is odd, the last is alone.
+const TOGETHER: usize = 2;
 
 /// How a row is cut into blocks and what is kept of each; the names and layouts are GGML's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -82,7 +87,7 @@ impl Matrix {
     ///
     /// # Errors
     /// [`Error::Unsupported`] for rows that are not whole blocks, [`Error::Checkpoint`] for another number of bytes.
-    pub(super) fn pack(self, blocks: &[u8]) -> Result<Vec<u8>> {
+    pub(super) fn pack(self, blocks: &[u8]) -> Result<Tensor> {
         let Self { format, rows, k } = self;
         if k == 0 || !k.is_multiple_of(format.block_len()) {
             let (name, len) = (format.name(), format.block_len());
@@ -93,22 +98,45 @@ impl Matrix {
             let what = format!("{} bytes where {rows} rows in {} have {row_bytes} each", blocks.len(), format.name());
             return Err(Error::Checkpoint(what));
         }
-        let bytes = self.tile_bytes();
-        Ok(parallel::filled(self.tiles_bytes(), bytes, |index, tile: &mut [u8]| {
-            let first = index * COLUMNS;
-            for (column, row) in (first..rows.min(first + COLUMNS)).enumerate() {
+        let span = TOGETHER * COLUMNS;
+        let pack = |first: usize, out: &mut [u8]| {
+            for row in first..rows.min(first + span) {
                 let blocks = blocks[row * row_bytes..][..row_bytes].chunks_exact(format.block_bytes());
-                for (block, record) in blocks.zip(tile.chunks_exact_mut(tiles::record_bytes(format))) {
-                    tiles::put(format, &Block::parse(format, block), column, record);
+                let places = self.places((row - first) / COLUMNS, rows - first);
+                for (block, at) in blocks.zip(places) {
+                    let record = &mut out[at..at + tiles::record_bytes(format)];
+                    tiles::put(format, &Block::parse(format, block), row % COLUMNS, record);
                 }
             }
-        }))
+        };
+        // SAFETY: the tiles are cleared, and are everything.
+        #[allow(unsafe_code)]
+        let tiles = unsafe {
+            written_weight(self.tiles_bytes(), |out| {
+                parallel::for_each(rows.div_ceil(span), |index| {
+                    let first = index * TOGETHER * self.tile_bytes();
+                    let len = (TOGETHER * self.tile_bytes()).min(self.tiles_bytes() - first);
+                    pack(index * span, out.cleared(first, len));
+                });
+            })
+        };
+        Ok(tiles?)
     }
 
     /// Row `index` of the matrix in `tiles`, to `out` `[k]`.
     pub(super) fn row(self, tiles: &[u8], index: usize, out: &mut [f32]) {
-        let tile = &tiles[index / COLUMNS * self.tile_bytes()..][..self.tile_bytes()];
-        tiles::row(self.format, tile, index % COLUMNS, out);
+        let first = index / COLUMNS / TOGETHER * TOGETHER;
+        let tiles = &tiles[first * self.tile_bytes()..];
+        let places = self.places(index / COLUMNS - first, self.rows - first * COLUMNS);
+        let bytes = tiles::record_bytes(self.format);
+        tiles::row(self.format, places.map(|at| &tiles[at..at + bytes]), index % COLUMNS, out);
+    }
+
+    /// Where the records of tile `index` of some that lie together begin, counted from the first of these; `rows` is what the matrix has
+    /// from there on.
+    fn places(self, index: usize, rows: usize) -> impl Iterator<Item = usize> {
+        let (bytes, step) = (tiles::record_bytes(self.format), TOGETHER.min(rows.div_ceil(COLUMNS)));
+        (0..self.k / self.format.block_len()).map(move |block| (block * step + index) * bytes)
     }
 
     /// Bytes of all tiles.
@@ -120,6 +148,28 @@ impl Matrix {
     fn tile_bytes(self) -> usize {
         self.k / self.format.block_len() * tiles::record_bytes(self.format)
     }
+}
+
+/// The tiles of one weight after those of another, as one weight.
+pub(super) fn side_by_side(tiles: &[&Tensor]) -> Result<Tensor> {
+    let held: Vec<_> = tiles.iter().map(|tiles| tiles.storage_and_layout()).collect();
+    let mut parts: Vec<&[u8]> = Vec::with_capacity(held.len());
+    for (storage, layout) in &held {
+        let Storage::Cpu(storage) = &**storage else { return Ok(Tensor::cat(tiles, 0)?) };
+        parts.push(slice("tiles", storage, layout)?);
+    }
+    // SAFETY: the parts follow each other, and are everything.
+    #[allow(unsafe_code)]
+    let all = unsafe {
+        written_weight(parts.iter().map(|part| part.len()).sum(), |out| {
+            let mut first = 0;
+            for part in &parts {
+                out.write(first, part);
+                first += part.len();
+            }
+        })
+    };
+    Ok(all?)
 }
 
 #[cfg(test)]

@@ -63,13 +63,18 @@ fn rounded(x: &[f32]) -> Vec<f64> {
 #[test]
 fn blocks_and_tiles_keep_every_bit() {
     for format in Format::ALL {
-        let (rows, k) = (19, 2 * 256);
+        // Two tiles together, then one alone.
+        let (rows, k) = (39, 2 * 256);
         let blocks = blocks(format, 3, rows * k / format.block_len());
-        let tiles = matrix(format, rows, k).pack(&blocks).unwrap();
-        let (tile_bytes, record_bytes) = (matrix(format, rows, k).tile_bytes(), tiles::record_bytes(format));
+        let tiles: Vec<u8> = matrix(format, rows, k).pack(&blocks).unwrap().to_vec1().unwrap();
+        let record_bytes = tiles::record_bytes(format);
         for (index, bytes) in blocks.chunks_exact(format.block_bytes()).enumerate() {
             let (row, place) = (index / (k / format.block_len()), index % (k / format.block_len()));
-            let record = &tiles[row / 16 * tile_bytes + place * record_bytes..][..record_bytes];
+            let index = match row / 16 {
+                2 => 2 * (k / format.block_len()) + place,
+                tile => 2 * place + tile,
+            };
+            let record = &tiles[index * record_bytes..][..record_bytes];
             let block = tiles::get(format, record, row % 16);
             assert_eq!(block, Block::parse(format, bytes), "{format:?}");
             let mut again = vec![0; bytes.len()];

@@ -112,10 +112,10 @@ fn places(format: Format, layout: &Layout, i: usize, column: usize) -> [(usize, 
     }
 }
 
-/// Row `column` of a tile, as numbers.
-pub(super) fn row(format: Format, tile: &[u8], column: usize, out: &mut [f32]) {
+/// Row `column` of the tile of `records`, as numbers.
+pub(super) fn row<'a>(format: Format, records: impl Iterator<Item = &'a [u8]>, column: usize, out: &mut [f32]) {
     let (len, zero) = (format.block_len(), format.zero());
-    for (record, out) in tile.chunks_exact(record_bytes(format)).zip(out.chunks_exact_mut(len)) {
+    for (record, out) in records.zip(out.chunks_exact_mut(len)) {
         let block = get(format, record, column);
         let (scales, mins) = block.steps(format);
         for (i, out) in out.iter_mut().enumerate() {

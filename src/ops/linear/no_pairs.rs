@@ -1,0 +1,44 @@
+//! Stands in for `pairs.rs` where the architecture has no such instruction: a type without values.
+
+use half::bf16;
+
+use super::blocks::{Line, Multiply, Product, Sizes, Steps, VECTORS};
+use super::brain::{Left, Right};
+use crate::ops::lanes::LANES;
+
+/// See `pairs.rs`.
+pub(super) type Pair = u32;
+
+/// There is no processor like this.
+#[derive(Clone, Copy)]
+pub(super) enum Pairs {}
+
+impl Pairs {
+    pub(super) fn detect() -> Option<Self> {
+        None
+    }
+
+    pub(super) fn multiply<T>(self, _: Left<'_>, _: Sizes, _: impl FnOnce(&Product<'_, Self>) -> T) -> T {
+        match self {}
+    }
+
+    pub(super) fn pack(self, _: Right<'_>, _: Sizes, _: usize, _: &mut [Line<Pair>]) {
+        match self {}
+    }
+
+    pub(super) fn rows(self, _: &[f32], _: usize, _: &mut [Pair]) {
+        match self {}
+    }
+
+    pub(super) fn dots<const R: usize>(self, _: [&[Pair]; R], _: &[bf16]) -> [[[f32; LANES]; VECTORS]; R] {
+        match self {}
+    }
+}
+
+impl Multiply for Pairs {
+    type Number = Pair;
+
+    fn advance<const R: usize>(self, _: Steps<'_, Pair>) {
+        match self {}
+    }
+}

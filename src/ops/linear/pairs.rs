@@ -1,0 +1,280 @@
+//! Products of pairs of bf16, where the processor has them: rounding and packing of the operands, and the innermost loops.
+//! What is multiplied in which order is the business of [`super::brain`] and [`super::packed`].
+#![allow(unsafe_code)]
+
+use half::bf16;
+use std::arch::x86_64::*;
+use std::mem::transmute;
+
+use super::blocks::{self, HEIGHT, Line, Multiply, Order, Product, ROWS, Sizes, Steps, Strip, VECTORS, WIDTH};
+use super::brain::{Left, Right};
+use crate::ops::lanes::{Avx512, Isa, LANES};
+use crate::ops::parallel;
+
+/// A processor with AVX512_BF16.
+#[derive(Clone, Copy)]
+pub(super) struct Pairs(Avx512);
+
+/// Two neighbours along k, the even one in the low half.
+pub(super) type Pair = u32;
+
+impl Pairs {
+    pub(super) fn detect() -> Option<Self> {
+        let isa = Avx512::detect()?;
+        (is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw")).then_some(Self(isa))
+    }
+
+    /// What `run` makes of the product of `a`, its columns in pairs.
+    pub(super) fn multiply<T>(self, a: Left<'_>, sizes: Sizes, run: impl FnOnce(&Product<'_, Self>) -> T) -> T {
+        let Sizes { rows, k, .. } = sizes;
+        let steps = k.div_ceil(2);
+        let left = parallel::filled(rows * steps, ROWS * steps, |index, out: &mut [Pair]| match a {
+            Left::Rows(a) => {
+                let rows = a[index * ROWS * k..].chunks_exact(k).zip(out.chunks_exact_mut(steps));
+                // SAFETY: `self` is proof of the features.
+                rows.for_each(|(row, out)| unsafe { pairs_of_row(row, out) });
+            }
+            // SAFETY: the same.
+            Left::Columns(a) => unsafe { pack_tiles(a, rows, index * ROWS, out) },
+        });
+        let left = match a {
+            Left::Rows(_) => blocks::Left::Rows(&left[..]),
+            Left::Columns(_) => blocks::Left::Tiles(&left[..]),
+        };
+        run(&Product { multiply: self, left, sizes: Sizes { k: steps, ..sizes }, order: Order::Chain })
+    }
+
+    /// Columns from `first` on of `b` to a panel of pairs.
+    pub(super) fn pack(self, b: Right<'_>, sizes: Sizes, first: usize, panel: &mut [Line<Pair>]) {
+        let (columns, k) = (sizes.columns, sizes.k);
+        let last = columns.min(first + WIDTH);
+        match b {
+            Right::Rows(b) => {
+                for (two, line) in b.chunks(2 * columns).zip(panel) {
+                    let even = &two[first..last];
+                    let odd = two.get(columns + first..columns + last).unwrap_or(&[0.0; WIDTH][..last - first]);
+                    // SAFETY: `self` is proof of the features.
+                    unsafe { pairs_of_columns(even, odd, &mut line.0.as_flattened_mut()[..last - first]) };
+                }
+            }
+            Right::Columns(b) => {
+                for (vector, columns) in b[first * k..last * k].chunks(LANES * k).enumerate() {
+                    // SAFETY: the same.
+                    unsafe { self.turn(columns, k, vector, panel) };
+                }
+            }
+        }
+    }
+
+    /// The pairs of rows `[rows, k]`, k even.
+    pub(super) fn rows(self, rows: &[f32], k: usize, out: &mut [Pair]) {
+        for (row, out) in rows.chunks_exact(k).zip(out.chunks_exact_mut(k / 2)) {
+            // SAFETY: `self` is proof of the features.
+            unsafe { pairs_of_row(row, out) }
+        }
+    }
+
+    /// The sums of R rows `[steps]` over a panel `[steps, WIDTH, 2]`, each one chain in order of the steps.
+    pub(super) fn dots<const R: usize>(self, x: [&[Pair]; R], panel: &[bf16]) -> [[[f32; LANES]; VECTORS]; R] {
+        // SAFETY: `self` is proof of the features.
+        unsafe { dots(x, panel) }
+    }
+
+    /// Sixteen columns of k numbers, or fewer, to one vector of every line.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn turn(self, columns: &[f32], k: usize, vector: usize, panel: &mut [Line<Pair>]) {
+        for (block, lines) in panel.chunks_mut(LANES).enumerate() {
+            let mut pairs = [_mm512_setzero_ps(); LANES];
+            for (pairs, column) in pairs.iter_mut().zip(columns.chunks_exact(k)) {
+                let part = &column[block * 2 * LANES..k.min((block + 1) * 2 * LANES)];
+                *pairs = _mm512_castsi512_ps(pairs_along(part));
+            }
+            let turned = self.0.transpose(pairs);
+            for (line, pairs) in lines.iter_mut().zip(&turned) {
+                // SAFETY: sixteen writable pairs.
+                unsafe { _mm512_storeu_ps(line.0[vector].as_mut_ptr().cast(), *pairs) };
+            }
+        }
+    }
+}
+
+/// The pairs of at most 32 numbers that follow each other, zeros after the last.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pairs_along(x: &[f32]) -> __m512i {
+    let mut whole = [0.0; 2 * LANES];
+    let x = x.first_chunk().unwrap_or_else(|| {
+        whole[..x.len()].copy_from_slice(x);
+        &whole
+    });
+    // SAFETY: 32 readable floats; a vector of bf16 seen as integers.
+    unsafe {
+        let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x[LANES..].as_ptr()));
+        transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+    }
+}
+
+/// The pairs of a row of numbers.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pairs_of_row(row: &[f32], out: &mut [Pair]) {
+    for (x, out) in row.chunks(2 * LANES).zip(out.chunks_mut(LANES)) {
+        store(pairs_along(x), out);
+    }
+}
+
+/// Pairs of one number of `even` and one of `odd` each.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pairs_of_columns(even: &[f32], odd: &[f32], out: &mut [Pair]) {
+    for ((even, odd), out) in even.chunks(LANES).zip(odd.chunks(LANES)).zip(out.chunks_mut(LANES)) {
+        let (even, odd) = (widened(even), widened(odd));
+        store(_mm512_or_si512(even, _mm512_slli_epi32::<16>(odd)), out);
+    }
+}
+
+/// At most sixteen numbers as bf16, each in the low half of its lane.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn widened(x: &[f32]) -> __m512i {
+    let mut whole = [0.0; LANES];
+    let x = x.first_chunk().unwrap_or_else(|| {
+        whole[..x.len()].copy_from_slice(x);
+        &whole
+    });
+    // SAFETY: sixteen readable floats; a vector of bf16 seen as integers.
+    unsafe {
+        let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(x.as_ptr()));
+        _mm512_cvtepu16_epi32(transmute::<__m256bh, __m256i>(rounded))
+    }
+}
+
+/// The first pairs of a vector, as many as `out` has.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn store(pairs: __m512i, out: &mut [Pair]) {
+    if let Some(out) = out.first_chunk_mut::<LANES>() {
+        // SAFETY: sixteen writable pairs.
+        return unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs) };
+    }
+    let mut whole = [0; LANES];
+    // SAFETY: the same.
+    unsafe { _mm512_storeu_si512(whole.as_mut_ptr().cast(), pairs) };
+    out.copy_from_slice(&whole[..out.len()]);
+}
+
+/// The rows from `first` on of aT for `a` `[k, rows]`, to tiles `[k / 2, HEIGHT]`, the last narrower.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pack_tiles(a: &[f32], rows: usize, first: usize, out: &mut [Pair]) {
+    let count = ROWS.min(rows - first);
+    let steps = out.len() / count;
+    let mut line = [0; ROWS];
+    for (step, two) in a.chunks(2 * rows).enumerate() {
+        let odd = two.get(rows + first..rows + first + count).unwrap_or(&[0.0; ROWS][..count]);
+        pairs_of_columns(&two[first..first + count], odd, &mut line[..count]);
+        let (whole, rest) = line[..count].as_chunks::<HEIGHT>();
+        for (tile, pairs) in whole.iter().enumerate() {
+            out[tile * HEIGHT * steps + step * HEIGHT..][..HEIGHT].copy_from_slice(pairs);
+        }
+        out[whole.len() * HEIGHT * steps + step * rest.len()..][..rest.len()].copy_from_slice(rest);
+    }
+}
+
+impl Multiply for Pairs {
+    type Number = Pair;
+
+    fn advance<const R: usize>(self, steps: Steps<'_, Pair>) {
+        // SAFETY: `self` is proof of the features.
+        unsafe { advance::<R>(steps) }
+    }
+}
+
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn advance<const R: usize>(steps: Steps<'_, Pair>) {
+    let Steps { left: Strip { numbers, across, along }, right, sums: kept, level, first, .. } = steps;
+    assert!(right.is_empty() || numbers.len() > (R - 1) * across + (right.len() - 1) * along);
+    let mut sums = [[_mm512_setzero_ps(); VECTORS]; R];
+    if !first {
+        for (sums, kept) in sums.iter_mut().zip(&kept[level]) {
+            for (sum, kept) in sums.iter_mut().zip(&kept.0) {
+                // SAFETY: sixteen readable floats.
+                *sum = unsafe { _mm512_loadu_ps(kept.as_ptr()) };
+            }
+        }
+    }
+    for (step, line) in right.iter().enumerate() {
+        let mut columns = [_mm512_setzero_si512(); VECTORS];
+        for (column, line) in columns.iter_mut().zip(&line.0) {
+            // SAFETY: sixteen readable pairs.
+            *column = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
+        }
+        for (r, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: below the last row and step, whose index is checked above.
+            let row = in_register(unsafe { *numbers.get_unchecked(r * across + step * along) });
+            for (sum, column) in sums.iter_mut().zip(&columns) {
+                *sum = add_pairs(*sum, row, *column);
+            }
+        }
+    }
+    for (sums, kept) in sums.iter().zip(&mut kept[level]) {
+        for (sum, kept) in sums.iter().zip(&mut kept.0) {
+            // SAFETY: sixteen writable floats.
+            unsafe { _mm512_storeu_ps(kept.as_mut_ptr(), *sum) };
+        }
+    }
+}
+
+/// How far ahead of use a panel is asked for; the hardware alone stops at each 4 KiB boundary.
+const PREFETCH_BYTES: usize = 4096;
+
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn dots<const R: usize>(x: [&[Pair]; R], panel: &[bf16]) -> [[[f32; LANES]; VECTORS]; R] {
+    let steps = x[0].len();
+    assert!(x.iter().all(|x| x.len() == steps));
+    let x = x.map(<[Pair]>::as_ptr);
+    let (lines, _) = panel.as_chunks::<{ 2 * WIDTH }>();
+    let mut sums = [[_mm512_setzero_ps(); VECTORS]; R];
+    for (step, line) in lines[..steps].iter().enumerate() {
+        let mut columns = [_mm512_setzero_si512(); VECTORS];
+        for (column, part) in columns.iter_mut().zip(line.as_chunks::<{ 2 * LANES }>().0) {
+            _mm_prefetch::<_MM_HINT_T0>(part.as_ptr().cast::<i8>().wrapping_add(PREFETCH_BYTES));
+            // SAFETY: 32 readable bf16.
+            *column = unsafe { _mm512_loadu_si512(part.as_ptr().cast()) };
+        }
+        for (x, sums) in x.iter().zip(&mut sums) {
+            // SAFETY: below the number of steps. A check in this loop would keep the sums in memory.
+            let row = in_register(unsafe { *x.add(step) });
+            for (sum, column) in sums.iter_mut().zip(&columns) {
+                *sum = add_pairs(*sum, row, *column);
+            }
+        }
+    }
+    let mut out = [[[0.0; LANES]; VECTORS]; R];
+    // Two loops: over a flattened array it would be one that is not unrolled, and the sums above would live in memory.
+    for (sums, out) in sums.iter().zip(&mut out) {
+        for (sum, out) in sums.iter().zip(out) {
+            // SAFETY: sixteen writable floats.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), *sum) };
+        }
+    }
+    out
+}
+
+/// A pair in every lane, in a register where the compiler would read it again at every use.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn in_register(pair: Pair) -> __m512i {
+    let mut row = _mm512_set1_epi32(pair.cast_signed());
+    // SAFETY: no instruction at all.
+    unsafe { std::arch::asm!("/* {0} */", inout(zmm_reg) row, options(pure, nomem, nostack, preserves_flags)) };
+    row
+}
+
+/// Every lane of `sum` and the products of the pairs of `a` and `b`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn add_pairs(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
+    // SAFETY: vectors of 64 bytes seen as 32 bf16.
+    let (a, b) = unsafe { (transmute::<__m512i, __m512bh>(a), transmute::<__m512i, __m512bh>(b)) };
+    _mm512_dpbf16_ps(sum, a, b)
+}
