@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::error::{Error, Result};
 use crate::ops::parameter::Parameter;
 
-pub use crate::ops::quantized::{Format, Matrix};
+pub use crate::ops::quantized::{ABS_MAX, Format, Matrix, quantize};
 
 /// At most this many names are spelt out for each kind of problem; the rest are counted.
 const NAMES_MAX: usize = 8;

@@ -10,10 +10,11 @@ mod blocks;
 mod dot;
 mod formats;
 mod quantize;
+mod search;
 mod tiles;
 
 pub(super) use dot::Product;
-pub use quantize::quantize;
+pub use quantize::{ABS_MAX, quantize};
 
 use blocks::Block;
 use formats::COLUMNS;

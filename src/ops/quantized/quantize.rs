@@ -1,29 +1,37 @@
-//! Numbers to blocks, as `llama-quantize` rounds them: Q8_0 and Q4_0 by the largest number of a block.
+//! Numbers to blocks: Q8_0 and Q4_0 by the largest number of a block, as `llama-quantize` rounds them, the others by a search.
 
 use super::Format;
 use super::blocks::Block;
-use crate::error::{Error, Result};
+use super::search::Search;
+use crate::ops::lanes::Body;
 use crate::ops::parallel;
 use half::f16;
 
-/// `weight`, rows of a multiple of [`Format::block_len`] numbers, as blocks of [`Format::block_bytes`].
+/// Numbers beyond this have no f16, in which scales are kept.
+pub const ABS_MAX: f32 = 65_504.0;
+
+/// `weight`, finite numbers up to [`ABS_MAX`] in rows of a multiple of [`Format::block_len`], as blocks of
+/// [`Format::block_bytes`] that lie row after row.
 ///
-/// # Errors
-/// [`Error::Unsupported`] for formats that are read but not written.
-pub fn quantize(format: Format, weight: &[f32]) -> Result<Vec<u8>> {
-    if !matches!(format, Format::Q4_0 | Format::Q8_0) {
-        let what = format!("weights are written in Q8_0 and Q4_0; {} is only read", format.name());
-        return Err(Error::Unsupported(what));
-    }
+/// # Panics
+/// If `weight` is not whole blocks.
+pub fn quantize(format: Format, weight: &[f32]) -> Vec<u8> {
     let (len, bytes) = (format.block_len(), format.block_bytes());
-    // Many blocks at a time: a block is too little work for a thread.
-    const BLOCKS: usize = 1024;
-    Ok(parallel::filled(weight.len() / len * bytes, BLOCKS * bytes, |index, out: &mut [u8]| {
-        let weight = weight[index * BLOCKS * len..].chunks_exact(len);
-        for (x, out) in weight.zip(out.chunks_exact_mut(bytes)) {
-            round(format, x).write(format, out);
+    assert!(weight.len().is_multiple_of(len), "{} numbers in blocks of {len}", weight.len());
+    // Some thousand numbers at a time: a block is too little work for a thread.
+    let blocks = 8192 / len;
+    let body = Body::best();
+    parallel::filled(weight.len() / len * bytes, blocks * bytes, |index, out: &mut [u8]| {
+        let x = &weight[index * blocks * len..];
+        match format {
+            Format::Q4_0 | Format::Q8_0 => {
+                for (x, out) in x.chunks_exact(len).zip(out.chunks_exact_mut(bytes)) {
+                    round(format, x).write(format, out);
+                }
+            }
+            Format::Q4K | Format::Q5K | Format::Q6K => body.run(Search { format, x, out }),
         }
-    }))
+    })
 }
 
 /// The block of `x`: codes are numbers over the scale, moved by the code of 0 and rounded half up, as GGML does.

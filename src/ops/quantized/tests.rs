@@ -158,7 +158,7 @@ fn what_is_no_number_stays_none() {
 fn quantising_is_off_by_half_a_step_at_most() {
     let x = numbers(6, 4096);
     for (format, steps) in [(Format::Q8_0, 127.0), (Format::Q4_0, 8.0)] {
-        let blocks = quantize(format, &x).unwrap();
+        let blocks = quantize(format, &x);
         let weight = Parameter::quantized(matrix(format, 16, 256), &blocks, &Device::Cpu).unwrap();
         for (x, got) in x.chunks(32).zip(values(&weight).chunks(32)) {
             let largest = x.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
@@ -168,7 +168,57 @@ fn quantising_is_off_by_half_a_step_at_most() {
             assert!(x.iter().zip(got).all(|(x, got)| (x - got).abs() <= most), "{format:?}");
         }
     }
-    assert!(quantize(Format::Q6K, &x).unwrap_err().to_string().contains("Q6_K is only read"));
+}
+
+/// The root mean square of what uniform numbers of -1 to 1 are off by, where every code is a step of the range.
+#[test]
+fn searched_scales_are_as_good_as_their_codes_allow() {
+    let x = numbers(8, 64 * 256);
+    for (format, steps) in [(Format::Q4K, 15.0), (Format::Q5K, 31.0), (Format::Q6K, 63.0)] {
+        let blocks = quantize(format, &x);
+        let weight = Parameter::quantized(matrix(format, 64, 256), &blocks, &Device::Cpu).unwrap();
+        let squares: f64 = x.iter().zip(values(&weight)).map(|(x, got)| f64::from(x - got).powi(2)).sum();
+        let off = (squares / x.len() as f64).sqrt();
+        assert!(off < 1.02 * 2.0 / steps / 12.0_f64.sqrt(), "{format:?}: {off}");
+    }
+}
+
+#[test]
+fn blocks_of_one_kind_of_number_come_back() {
+    let line: Vec<f32> = (0..256).map(|i| 0.5 - (i % 16) as f32 / 15.0).collect();
+    let lone: Vec<f32> = (0..256).map(|i| if i == 77 { -3.0 } else { 0.0 }).collect();
+    for format in [Format::Q4K, Format::Q5K, Format::Q6K] {
+        for (what, x, tolerance) in [
+            ("zeros", vec![0.0; 256], 0.0),
+            ("ones", vec![1.0; 256], 1e-3),
+            ("negative", vec![-0.25; 256], 1e-3),
+            ("tiny", vec![1e-30; 256], 1e-30),
+            ("large", vec![6e4; 256], 60.0),
+            ("an even line", line.clone(), 0.03),
+            ("a lone number", lone.clone(), 3e-3),
+        ] {
+            let blocks = quantize(format, &x);
+            let weight = Parameter::quantized(matrix(format, 1, 256), &blocks, &Device::Cpu).unwrap();
+            let off = x.iter().zip(values(&weight)).map(|(x, got)| (x - got).abs()).fold(0.0, f32::max);
+            assert!(off <= tolerance, "{format:?}, {what}: off by {off}");
+        }
+    }
+}
+
+#[test]
+fn a_block_is_the_same_on_every_processor_and_with_any_threads() {
+    let x = numbers(9, 100 * 256);
+    for format in [Format::Q4K, Format::Q5K, Format::Q6K] {
+        let all = quantize(format, &x);
+        for body in Body::all() {
+            let mut out = vec![0; all.len()];
+            body.run(super::search::Search { format, x: &x, out: &mut out });
+            assert_eq!(out, all, "{format:?}");
+        }
+        set_threads(1);
+        assert_eq!(quantize(format, &x), all, "{format:?}");
+        set_threads(0);
+    }
 }
 
 #[test]
