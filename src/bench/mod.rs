@@ -1,9 +1,10 @@
-//! `eurus bench`: a load generator for any OpenAI-style server, timings of a model without a server, and a
-//! writer of random checkpoints to measure with. Micro-benchmarks of single operations are in `benches/`.
+//! `eurus bench`: a load generator for any OpenAI-style server, timings of a model without a server and of memory,
+//! and a writer of random checkpoints to measure with. Micro-benchmarks of single operations are in `benches/`.
 
 pub mod bon_curve;
 pub mod countdown;
 pub mod make_model;
+pub mod memory;
 pub mod model;
 mod problems;
 pub mod sample_pairs;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use clap::Subcommand;
 
-use crate::bench::{bon_curve, make_model, model, sample_pairs, serve, train, trees};
+use crate::bench::{bon_curve, make_model, memory, model, sample_pairs, serve, train, trees};
 use crate::config::LogConfig;
 use crate::error::{Error, Result};
 
@@ -17,6 +17,8 @@ pub(super) enum BenchCommand {
     Model(model::Options),
     /// Time training without data: tokens per second and memory
     Train(train::Options),
+    /// Time reading memory, the limit of generation with few sequences
+    Memory(memory::Options),
     /// Write a checkpoint of a chosen shape with random weights
     MakeModel(make_model::Options),
     /// Accuracy of best-of-n on verifiable problems, by n and strategy
@@ -48,6 +50,11 @@ pub(super) fn run(command: &BenchCommand) -> Result<()> {
         }
         BenchCommand::Train(options) => {
             let report = train::run(options, crate::serve::model(&options.model)?)?;
+            let text = if options.json { to_json(&report)? } else { report.to_string() };
+            super::print(&format!("{text}\n"))
+        }
+        BenchCommand::Memory(options) => {
+            let report = memory::run(options)?;
             let text = if options.json { to_json(&report)? } else { report.to_string() };
             super::print(&format!("{text}\n"))
         }

@@ -2,8 +2,6 @@
 //! blocks again and again: where the C library gives them back to the system in between, every page costs a fault each time, up
 //! to a sixth of the time of a small model.
 
-use std::mem::MaybeUninit;
-
 /// Keeps what is freed for the next step, as far as the C library can be told: blocks of up to 32 MiB, the most that glibc takes.
 pub fn keep_freed() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -18,20 +16,20 @@ pub fn keep_freed() {
     }
 }
 
-/// Asks for huge pages where `memory`, not yet touched, has room for some: reading on across ordinary ones costs a walk through the
-/// page table every 4 KiB, a third of the rate of one stream. Only a wish: nothing fails where the system has none.
-pub(super) fn ask_for_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
+/// Asks for huge pages for the room of `buffer`, which should be empty still: reading on across ordinary ones costs a walk through
+/// the page table every 4 KiB, a third of the rate of one stream. Only a wish: nothing fails where the system has none.
+pub fn prefer_huge_pages<T>(buffer: &mut Vec<T>) {
     #[cfg(target_os = "linux")]
     {
-        const HUGE_BYTES: usize = 2 << 20;
-        let range = memory.as_mut_ptr_range();
-        let start = range.start.addr().next_multiple_of(HUGE_BYTES);
-        let len = range.end.addr().saturating_sub(start) / HUGE_BYTES * HUGE_BYTES;
+        const PAGE_BYTES: usize = 2 << 20;
+        let room = buffer.spare_capacity_mut().as_mut_ptr_range();
+        let start = room.start.addr().next_multiple_of(PAGE_BYTES);
+        let len = room.end.addr().saturating_sub(start) / PAGE_BYTES * PAGE_BYTES;
         if len > 0 {
-            // SAFETY: whole pages inside of the slice; the advice changes no contents. A refusal changes nothing.
+            // SAFETY: whole pages inside of the allocation; the advice changes no contents. A refusal changes nothing.
             #[allow(unsafe_code)]
             unsafe {
-                libc::madvise(range.start.with_addr(start).cast(), len, libc::MADV_HUGEPAGE);
+                libc::madvise(room.start.with_addr(start).cast(), len, libc::MADV_HUGEPAGE);
             }
         }
     }

@@ -167,7 +167,7 @@ pub(super) unsafe fn written_weight<T: WithDType + Default>(
 ) -> candle_core::Result<Tensor> {
     let spare = LINE_BYTES / size_of::<T>();
     let mut all = Vec::<T>::with_capacity(len + spare);
-    memory::ask_for_huge_pages(all.spare_capacity_mut());
+    memory::prefer_huge_pages(&mut all);
     let first = all.as_ptr().align_offset(LINE_BYTES).min(spare);
     all.resize(first, T::default());
     // SAFETY: `first` is not above the capacity.

@@ -156,6 +156,14 @@ fn a_made_checkpoint_loads_and_is_timed() {
 }
 
 #[test]
+fn reading_memory_is_timed() {
+    let (code, report, log) = run(&["bench", "memory", "--mib", "4", "--passes", "2", "--json"], "");
+    assert_eq!(code, Some(0), "{log}");
+    let report: Value = serde_json::from_str(&report).unwrap();
+    assert!(report["median_gb_per_second"].as_f64().unwrap() > 0.0 && report["mib"] == 4, "{report}");
+}
+
+#[test]
 fn the_key_of_a_client_is_read_by_the_client_and_is_no_setting() {
     let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", server.local_addr().unwrap());
