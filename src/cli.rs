@@ -5,9 +5,11 @@ mod bench;
 mod best_of_n;
 mod chat;
 mod check;
+mod fidelity;
 mod health;
 mod jsonl;
 mod pull;
+mod quantize;
 mod score;
 mod serve;
 mod settings;
@@ -49,6 +51,9 @@ enum Command {
     /// Train a policy or a reward model as a recipe says, and go on where an earlier run of it stopped
     #[command(after_help = train::NOTES)]
     Train(train::TrainArgs),
+    /// Write a checkpoint rounded to fewer bits, and compare rewards before and after
+    #[command(after_help = quantize::NOTES)]
+    Quantize(quantize::QuantizeArgs),
     /// Download checkpoints from the hub
     Pull(pull::PullArgs),
     /// Read settings and checkpoint headers; print sizes, memory plan and every problem
@@ -69,6 +74,7 @@ pub fn run() -> ExitCode {
         Command::Score(args) => score::run(&args),
         Command::BestOfN(args) => best_of_n::run(&args),
         Command::Train(args) => train::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::Pull(args) => pull::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Bench(command) => bench::run(&command),

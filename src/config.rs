@@ -27,6 +27,12 @@ pub struct Config {
     pub model_name: Option<String>,
     /// Name of the reward model in requests; by default the name it was opened by.
     pub reward_model_name: Option<String>,
+    /// Rounds the matrices of the policy while it is loaded; by default they stay as they are stored.
+    pub quantize: Option<Quantization>,
+    /// The same for the reward model.
+    pub reward_quantize: Option<Quantization>,
+    /// A safetensors file with one row: the head of the reward model, in place of the one its checkpoint has.
+    pub reward_head: Option<PathBuf>,
     /// Where checkpoints come from.
     pub hub: HubConfig,
     /// Listening, keys and deadlines.
@@ -46,6 +52,9 @@ impl Default for Config {
             reward_model: "eurus-mini/reward".into(),
             model_name: None,
             reward_model_name: None,
+            quantize: None,
+            reward_quantize: None,
+            reward_head: None,
             hub: HubConfig::default(),
             server: ServerConfig::default(),
             engine: EngineConfig::default(),
@@ -53,6 +62,29 @@ impl Default for Config {
             log: LogConfig::default(),
         }
     }
+}
+
+/// What matrices are rounded to: formats and mixtures of llama.cpp's files. What is not worth it or does not go stays as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// 16 bits, for checkpoints in 32.
+    Bf16,
+    /// IEEE 16 bits.
+    F16,
+    /// 8.5 bits a number.
+    Q8_0,
+    /// 4.5 bits a number.
+    Q4_0,
+    /// 4.5 to 6.6 bits a number.
+    #[serde(rename = "q4_k_m")]
+    Q4KM,
+    /// 5.5 to 6.6 bits a number.
+    #[serde(rename = "q5_k_m")]
+    Q5KM,
+    /// 6.6 bits a number.
+    #[serde(rename = "q6_k")]
+    Q6K,
 }
 
 /// Section `hub`. The cache folder, the token and the address follow Hugging Face's own variables:

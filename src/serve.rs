@@ -26,6 +26,7 @@ use crate::{
 
 pub use check::check;
 pub use load::model;
+pub(crate) use load::open_source;
 pub use progress::ProgressLine;
 
 /// What loading gives: the served models, and the threads of their engines by model name.
@@ -98,6 +99,21 @@ pub fn service(config: &Config) -> Result<Arc<Service>> {
     let metrics = Arc::new(Metrics::new()?);
     let loaded = load_all(config, &metrics)?;
     Ok(Arc::new(Service::new(loaded.models, service_limits(config), metrics)?))
+}
+
+/// What `work` does with the models of `config`, which are gone from memory afterwards.
+///
+/// # Errors
+/// As [`service`], and those of `work`.
+pub(crate) fn with_service<T>(config: &Config, work: impl FnOnce(Arc<Service>) -> Result<T>) -> Result<T> {
+    let metrics = Arc::new(Metrics::new()?);
+    let loaded = load_all(config, &metrics)?;
+    let outcome = work(Arc::new(Service::new(loaded.models, service_limits(config), metrics)?));
+    // An engine ends when nobody can send to it any more.
+    for (_, engine) in loaded.engines {
+        let _ = engine.join();
+    }
+    outcome
 }
 
 /// Loads the policy, then the reward model.

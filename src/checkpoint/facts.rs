@@ -65,6 +65,26 @@ impl TokenizerFacts {
     }
 }
 
+impl TokenizerFacts {
+    /// What these say, without the template, as tokenizer_config.json.
+    pub(super) fn to_json(&self) -> String {
+        let mut config = Map::from_iter([("tokenizer_class".to_owned(), "PreTrainedTokenizerFast".into())]);
+        let tokens = [
+            ("bos_token", &self.bos_token),
+            ("eos_token", &self.eos_token),
+            ("unk_token", &self.unk_token),
+            ("pad_token", &self.pad_token),
+        ];
+        for (key, text) in tokens {
+            config.extend(text.as_ref().map(|text| (key.to_owned(), Value::from(text.as_str()))));
+        }
+        for (key, flag) in [("add_bos_token", self.add_bos_token), ("add_eos_token", self.add_eos_token)] {
+            config.extend(flag.map(|flag| (key.to_owned(), Value::from(flag))));
+        }
+        Value::Object(config).to_string()
+    }
+}
+
 fn object(file: &str, text: Option<&str>) -> Result<Map<String, Value>> {
     serde_json::from_str(text.unwrap_or("{}")).map_err(|error| Error::Checkpoint(format!("{file}: {error}")))
 }

@@ -48,6 +48,20 @@ impl Folder {
         }
     }
 
+    /// Names of the files in it.
+    pub(super) fn names(&self) -> Result<Vec<String>> {
+        let failed = |error: std::io::Error| Error::file(&self.path, error);
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(&self.path).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if let Some(name) = entry.file_name().to_str().filter(|_| entry.path().is_file()) {
+                names.push(name.to_owned());
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
     /// The bytes of the small file `name` if it is there.
     pub(super) fn bytes(&self, name: &str) -> Result<Option<Vec<u8>>> {
         let Some(path) = self.find(name)? else { return Ok(None) };

@@ -12,8 +12,9 @@ use hf_hub::{Cache, Repo, RepoType};
 mod cache;
 
 use super::folder::Folder;
-use super::source::check_revision;
-use super::{CONFIG, GENERATION_CONFIG, Progress, Repository, TOKENIZER_JSON, TOKENIZER_MODEL, facts, shards};
+use super::source::{check_revision, is_path};
+use super::{CONFIG, GENERATION_CONFIG, Progress, Repository, TOKENIZER_JSON, TOKENIZER_MODEL};
+use super::{facts, gguf, shards};
 use crate::error::{Error, Result};
 use cache::{Snapshots, is_commit};
 
@@ -85,7 +86,7 @@ impl fmt::Debug for HubOptions {
     }
 }
 
-/// The folder with the files of `repository`, fetching those that the cache lacks.
+/// The folder with the files of `repository`, or the first GGUF file of the model in it, fetching what the cache lacks.
 pub(super) fn fetch(
     repository: &Repository,
     options: &HubOptions,
@@ -94,12 +95,13 @@ pub(super) fn fetch(
     let revision = repository.revision.as_ref().or(options.revision.as_ref()).map_or("main", String::as_str);
     check_revision(revision)?;
     let snapshots = Snapshots::of(&options.cache, &repository.id);
+    let complete = || snapshots.complete(revision, repository.file.as_deref());
     if options.offline {
-        return snapshots.complete(revision).map_err(|missing| offline_error(repository, revision, options, &missing));
+        return complete().map_err(|missing| offline_error(repository, revision, options, &missing));
     }
     // A commit never changes, so a complete one needs no question.
     if is_commit(revision)
-        && let Ok(folder) = snapshots.complete(revision)
+        && let Ok(folder) = complete()
     {
         return Ok(folder);
     }
@@ -108,11 +110,11 @@ pub(super) fn fetch(
     match named.info() {
         Ok(info) => {
             let mut download = Download::new(repository, &snapshots, &api, &info, progress)?;
-            let folder = download.run()?;
+            let path = download.run()?;
             snapshots.set_revision(revision, &info.sha)?;
-            Ok(folder)
+            Ok(path)
         }
-        Err(error) => match snapshots.complete(revision) {
+        Err(error) => match complete() {
             Ok(folder) if status(&error).is_none() => {
                 tracing::warn!("{}: the hub cannot be reached ({error}); using the cache", repository.id);
                 Ok(folder)
@@ -161,6 +163,11 @@ impl<'a> Download<'a> {
 
     /// Small files first: a model that cannot be run is refused before its tensors are fetched.
     fn run(&mut self) -> Result<PathBuf> {
+        let names: Vec<String> = self.info.siblings.iter().map(|sibling| sibling.rfilename.clone()).collect();
+        let has_safetensors = self.has(shards::SINGLE) || self.has(shards::INDEX);
+        if self.repository.file.is_some() || (!has_safetensors && names.iter().any(|name| name.ends_with(".gguf"))) {
+            return self.run_gguf(&names);
+        }
         if !self.has(CONFIG) {
             return Err(Error::Checkpoint(format!("{}: the repository has no {CONFIG}", self.repository.id)));
         }
@@ -184,6 +191,17 @@ impl<'a> Download<'a> {
             self.file(&file)?;
         }
         Ok(self.folder.clone())
+    }
+
+    /// The files of the one GGUF model that is meant.
+    fn run_gguf(&mut self, names: &[String]) -> Result<PathBuf> {
+        let sound: Vec<String> = names.iter().filter(|name| is_path(name)).cloned().collect();
+        let parts = gguf::choose(&sound, self.repository.file.as_deref(), &self.repository.id)?;
+        for part in &parts {
+            self.file(part)?;
+        }
+        let Some(first) = parts.first() else { return Err(Error::Internal("a model without files".to_owned())) };
+        Ok(self.folder.join(first))
     }
 
     fn has(&self, file: &str) -> bool {

@@ -1,29 +1,37 @@
 //! Where model files come from and what they mean: a folder, the hub or the program itself becomes one `Checkpoint`,
 //! checked file by file before a large allocation. Running the model is not its business.
 
+use std::collections::HashMap;
 use std::io::Read;
+use std::path::{Path, PathBuf};
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
-use crate::model::weights::Weights;
+use crate::model::weights::{Matrix, Weights, is_harmless_extra};
 use crate::text::tokenizer::SpecialTokens;
 use crate::text::{ChatTemplate, Tokenizer};
 
+mod convert;
+mod draft;
 pub mod embedded;
 pub mod facts;
 mod folder;
 mod gguf;
+mod head;
 pub mod hub;
+mod rounding;
 pub mod safetensors;
 pub mod sentencepiece;
 mod shards;
 mod source;
 mod tensor;
 
+pub use convert::{Rounded, write_rounded};
 pub use facts::TokenizerFacts;
 pub use hub::HubOptions;
+pub use rounding::Rounding;
 pub use shards::{INDEX, SINGLE};
 pub use source::{Repository, Source};
 pub use tensor::{Storage, TensorInfo};
@@ -31,7 +39,9 @@ pub use tensor::{Storage, TensorInfo};
 use embedded::BuiltIn;
 use folder::Folder;
 use gguf::GgufTensors;
+use head::RewardHead;
 use shards::Shards;
+use tensor::Take;
 
 /// Sizes and kind of a model.
 pub const CONFIG: &str = "config.json";
@@ -80,6 +90,8 @@ pub struct Checkpoint {
     pub tokenizer_config: TokenizerFacts,
     tensors: Tensors,
     files: Files,
+    /// Takes the place of the head that the files have.
+    head: Option<RewardHead>,
 }
 
 /// Where the tensors of a checkpoint are.
@@ -95,6 +107,8 @@ enum Files {
     Folder(Folder),
     BuiltIn(BuiltIn),
     Gguf {
+        /// The file, or the first of several.
+        path: PathBuf,
         /// What its metadata says, as config.json.
         config: String,
     },
@@ -115,17 +129,49 @@ pub fn open(source: &Source, options: &HubOptions, progress: &mut dyn FnMut(Prog
         Source::BuiltIn(built_in) => built_in.open(),
         Source::Folder(path) => {
             let folder = Folder::open(path)?;
-            Checkpoint::from_folder(folder.name(), &folder)
+            match gguf_in(&folder)? {
+                Some(file) => gguf::open(&file),
+                None => Checkpoint::from_folder(folder.name(), &folder),
+            }
         }
         Source::Gguf(path) => gguf::open(path),
         Source::Hub(repository) => {
             let path = hub::fetch(repository, options, progress)?;
-            Checkpoint::from_folder(repository.id.clone(), &Folder::open(&path)?)
+            if path.is_dir() {
+                return Checkpoint::from_folder(repository.id.clone(), &Folder::open(&path)?);
+            }
+            gguf::open(&path).map(|checkpoint| Checkpoint { name: repository.id.clone(), ..checkpoint })
         }
     }
 }
 
+/// The GGUF file, or the first part, of a folder that has no safetensors and one model in that form.
+fn gguf_in(folder: &Folder) -> Result<Option<PathBuf>> {
+    if folder.find(SINGLE)?.is_some() || folder.find(INDEX)?.is_some() {
+        return Ok(None);
+    }
+    let names: Vec<String> = folder.names()?.into_iter().filter(|name| name.ends_with(".gguf")).collect();
+    if names.is_empty() {
+        return Ok(None);
+    }
+    match gguf::choose(&names, None, &folder.to_string())?.first() {
+        Some(first) => folder.find(first),
+        None => Ok(None),
+    }
+}
+
 impl Checkpoint {
+    /// The same checkpoint with the reward head in the safetensors file at `path` in place of its own, if it has one.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if the file is damaged or is not one row as wide as the model.
+    pub fn with_reward_head(mut self, path: &Path) -> Result<Self> {
+        let head = RewardHead::open(path, self.config.hidden)?;
+        head.put_into(&mut self.config);
+        self.head = Some(head);
+        Ok(self)
+    }
+
     fn from_folder(name: String, folder: &Folder) -> Result<Self> {
         let config = read_config(folder)?;
         let shards = Shards::open(folder)?;
@@ -134,7 +180,15 @@ impl Checkpoint {
     }
 
     fn assemble(name: String, config: ModelConfig, tokenizer: OpenedTokenizer, tensors: Tensors, files: Files) -> Self {
-        Self { name, config, tokenizer_json: tokenizer.json, tokenizer_config: tokenizer.facts, tensors, files }
+        Self {
+            name,
+            config,
+            tokenizer_json: tokenizer.json,
+            tokenizer_config: tokenizer.facts,
+            tensors,
+            files,
+            head: None,
+        }
     }
 
     /// The bytes of the small file `name`, such as [`CONFIG`], as the checkpoint has it; None where it has none.
@@ -144,9 +198,10 @@ impl Checkpoint {
     pub fn file(&self, name: &str) -> Result<Option<Vec<u8>>> {
         match &self.files {
             Files::Folder(folder) => folder.bytes(name),
-            Files::Gguf { config } => Ok(match name {
+            Files::Gguf { config, .. } => Ok(match name {
                 CONFIG => Some(config.as_bytes().to_vec()),
                 TOKENIZER_JSON => Some(self.tokenizer_json.as_bytes().to_vec()),
+                facts::CONFIG => Some(self.tokenizer_config.to_json().into_bytes()),
                 facts::TEMPLATE => self.tokenizer_config.chat_template.as_ref().map(|text| text.as_bytes().to_vec()),
                 _ => None,
             }),
@@ -156,9 +211,13 @@ impl Checkpoint {
 
     /// Every tensor the files hold, without reading any.
     pub fn headers(&self) -> Vec<TensorInfo> {
-        match &self.tensors {
+        let infos: Vec<TensorInfo> = match &self.tensors {
             Tensors::Safetensors(shards) => shards.infos().cloned().collect(),
             Tensors::Gguf(tensors) => tensors.infos().cloned().collect(),
+        };
+        match &self.head {
+            None => infos,
+            Some(head) => infos.into_iter().filter(|info| !head.replaces(&info.name)).chain([head.info()]).collect(),
         }
     }
 
@@ -170,16 +229,88 @@ impl Checkpoint {
         tensor::check(self.headers().iter(), &self.config)
     }
 
+    /// Whether its tensors can be rounded: none is quantised already.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] naming one that is.
+    pub fn check_roundable(&self) -> Result<()> {
+        match self.headers().iter().find(|info| matches!(info.storage, Storage::Quantized(_))) {
+            None => Ok(()),
+            Some(info) => {
+                let (name, storage) = (&info.name, &info.storage);
+                let what = format!("{}: {name} is {storage} already; name the original in bf16, f16 or f32", self.name);
+                Err(Error::Unsupported(what))
+            }
+        }
+    }
+
+    /// Bytes of the tensors, once they are rounded.
+    pub fn weight_bytes(&self, rounding: Option<Rounding>) -> u64 {
+        let headers = self.headers();
+        match rounding {
+            None => headers.iter().map(|info| info.bytes).sum(),
+            Some(rounding) => rounding.bytes(&headers, &self.config),
+        }
+    }
+
     /// Reads the tensors onto `device`, after [`Checkpoint::check_tensors`].
     ///
     /// # Errors
     /// As [`Checkpoint::check_tensors`], and [`Error::Checkpoint`] if a file cannot be read.
     pub fn load_weights(&self, device: &Device, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Weights> {
+        self.load_rounded(None, device, progress)
+    }
+
+    /// As [`Checkpoint::load_weights`], the matrices rounded on the way where that is asked for: only one is in memory as it was.
+    ///
+    /// # Errors
+    /// Those, those of [`Checkpoint::check_roundable`], and [`Error::Checkpoint`] for numbers that cannot be rounded.
+    pub fn load_rounded(
+        &self,
+        rounding: Option<Rounding>,
+        device: &Device,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<Weights> {
         self.check_tensors()?;
-        match &self.tensors {
-            Tensors::Safetensors(shards) => shards.load(device, progress),
-            Tensors::Gguf(tensors) => tensors.load(device, progress),
+        if rounding.is_some() {
+            self.check_roundable()?;
         }
+        let mut weights = Weights::new(HashMap::new());
+        self.visit(progress, &mut |info, bytes| {
+            let kept = rounding.map(|rounding| rounding.storage(info, &self.config));
+            let (storage, bytes) = match kept {
+                Some(kept) if kept != info.storage => {
+                    let mut rounded = Vec::new();
+                    rounding::converted(info, &bytes, &kept, &mut |part| {
+                        rounded.extend_from_slice(part);
+                        Ok(())
+                    })?;
+                    (kept, rounded)
+                }
+                _ => (info.storage.clone(), bytes),
+            };
+            put(&mut weights, info, &storage, &bytes, device)
+        })?;
+        Ok(weights)
+    }
+
+    /// Reads one tensor after the other, in the order of [`Checkpoint::headers`], and gives `take` its data in the order of its
+    /// Hugging Face tensor. Tensors that carry nothing are left out.
+    fn visit(&self, progress: &mut dyn FnMut(Progress<'_>), take: &mut Take<'_>) -> Result<()> {
+        let replaced = |name: &str| self.head.as_ref().is_some_and(|head| head.replaces(name));
+        let wanted = |name: &str| !is_harmless_extra(name) && !replaced(name);
+        let total = self.headers().iter().filter(|info| !is_harmless_extra(&info.name)).map(|info| info.bytes).sum();
+        let mut done = 0;
+        progress(Progress::Load { done, total });
+        let mut on_bytes = |bytes| {
+            done += bytes;
+            progress(Progress::Load { done, total });
+        };
+        match &self.tensors {
+            Tensors::Safetensors(shards) => shards.visit(&wanted, &mut on_bytes, take)?,
+            Tensors::Gguf(tensors) => tensors.visit(&wanted, &mut on_bytes, take)?,
+        }
+        self.head.as_ref().map_or(Ok(()), |head| head.visit(&mut on_bytes, take))
     }
 
     /// The tokenizer.
@@ -224,6 +355,20 @@ impl Checkpoint {
             Some(source) => ChatTemplate::from_source(self.name.clone(), source),
             None => ChatTemplate::built_in(),
         }
+    }
+}
+
+/// Adds the tensor `info`, whose `bytes` are of `storage`, to `weights`.
+fn put(weights: &mut Weights, info: &TensorInfo, storage: &Storage, bytes: &[u8], device: &Device) -> Result<()> {
+    match (storage, &*info.shape) {
+        (Storage::Float(dtype), shape) => {
+            weights.put(&info.name, Tensor::from_raw_buffer(bytes, *dtype, shape, device)?);
+            Ok(())
+        }
+        (Storage::Quantized(format), &[rows, k]) => {
+            weights.put_quantized(&info.name, Matrix { format: *format, rows, k }, bytes, device)
+        }
+        (storage, shape) => Err(Error::Unsupported(format!("{}: {storage} of shape {shape:?}", info.name))),
     }
 }
 

@@ -6,12 +6,12 @@ use std::fs::File;
 use std::io::{Cursor, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use super::read_exactly;
-use super::tensor::{Storage, TensorInfo};
+use super::tensor::{Storage, Take, TensorInfo};
 use crate::error::{Error, Result};
 
 /// Largest header that is parsed; the largest published ones are below 1 MB.
@@ -63,43 +63,42 @@ impl TensorFile {
         Ok(Self { label: label.to_owned(), tensors, origin: Origin::Embedded(bytes), data_start })
     }
 
-    /// Reads the tensors whose names `wanted` accepts onto `device` and adds them to `into`.
-    /// `on_bytes` hears of every portion read, in bytes.
-    pub(super) fn load(
+    /// Reads one tensor after the other, those whose names `wanted` accepts, and gives `take` its data. `on_bytes` hears of every
+    /// portion read, in bytes.
+    pub(super) fn visit(
         &self,
         wanted: &dyn Fn(&str) -> bool,
-        device: &Device,
-        into: &mut HashMap<String, Tensor>,
         on_bytes: &mut dyn FnMut(u64),
+        take: &mut Take<'_>,
     ) -> Result<()> {
         match &self.origin {
-            Origin::Embedded(bytes) => self.load_from(Cursor::new(bytes), wanted, device, into, on_bytes),
+            Origin::Embedded(bytes) => self.visit_in(Cursor::new(bytes), wanted, on_bytes, take),
             Origin::File(path) => {
                 let file = File::open(path).map_err(|error| Error::file(path, error))?;
-                self.load_from(file, wanted, device, into, on_bytes)
+                self.visit_in(file, wanted, on_bytes, take)
             }
         }
     }
 
-    fn load_from(
+    fn visit_in(
         &self,
         mut reader: impl Read + Seek,
         wanted: &dyn Fn(&str) -> bool,
-        device: &Device,
-        into: &mut HashMap<String, Tensor>,
         on_bytes: &mut dyn FnMut(u64),
+        take: &mut Take<'_>,
     ) -> Result<()> {
         let mut start = self.data_start;
         for info in &self.tensors {
             let place = start;
             start += info.bytes;
-            let (true, Storage::Float(dtype)) = (wanted(&info.name), &info.storage) else { continue };
+            if !wanted(&info.name) {
+                continue;
+            }
             let damaged =
                 |error: std::io::Error| Error::Checkpoint(format!("{}: reading {}: {error}", self.label, info.name));
             reader.seek(SeekFrom::Start(place)).map_err(damaged)?;
             let data = read_exactly(&mut reader, info.bytes, on_bytes).map_err(damaged)?;
-            let tensor = Tensor::from_raw_buffer(&data, *dtype, &info.shape, device)?;
-            into.insert(info.name.clone(), tensor);
+            take(info, data)?;
         }
         Ok(())
     }

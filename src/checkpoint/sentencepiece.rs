@@ -84,9 +84,6 @@ fn refuse_others(model: &Model<'_>) -> Result<()> {
     if model.has_denormalizer {
         return refused("a denormaliser is not supported");
     }
-    if model.pieces.iter().any(|piece| piece.kind == Kind::Unused) {
-        return refused("unused pieces are not supported");
-    }
     Ok(())
 }
 

@@ -3,15 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
-use super::Progress;
 use super::folder::Folder;
 use super::safetensors::TensorFile;
-use super::tensor::TensorInfo;
+use super::tensor::{Take, TensorInfo};
 use crate::error::{Error, Result};
-use crate::model::weights::{Weights, is_harmless_extra};
 
 /// The file of a checkpoint that has only one.
 pub const SINGLE: &str = "model.safetensors";
@@ -92,20 +89,15 @@ impl Shards {
         self.files.iter().flat_map(|file| &file.tensors)
     }
 
-    /// Reads all tensors the model needs onto `device`.
-    pub(super) fn load(&self, device: &Device, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Weights> {
-        let wanted = |name: &str| !is_harmless_extra(name);
-        let total = self.infos().filter(|info| wanted(&info.name)).map(|info| info.bytes).sum();
-        let mut done = 0;
-        let mut tensors: HashMap<String, Tensor> = HashMap::new();
-        progress(Progress::Load { done, total });
-        for file in &self.files {
-            file.load(&wanted, device, &mut tensors, &mut |bytes| {
-                done += bytes;
-                progress(Progress::Load { done, total });
-            })?;
-        }
-        Ok(Weights::new(tensors))
+    /// Reads one tensor after the other, those whose names `wanted` accepts, and gives `take` its data. `on_bytes` hears of every
+    /// portion read, in bytes.
+    pub(super) fn visit(
+        &self,
+        wanted: &dyn Fn(&str) -> bool,
+        on_bytes: &mut dyn FnMut(u64),
+        take: &mut Take<'_>,
+    ) -> Result<()> {
+        self.files.iter().try_for_each(|file| file.visit(wanted, on_bytes, take))
     }
 }
 

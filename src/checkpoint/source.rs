@@ -25,10 +25,13 @@ pub struct Repository {
     pub id: String,
     /// Branch, tag or commit, where one was named.
     pub revision: Option<String>,
+    /// A GGUF file in it, or what the name of the one that is meant ends with, such as `Q4_K_M`.
+    pub file: Option<String>,
 }
 
 impl Source {
-    /// Reads `text`: a built-in name (`eurus-mini/policy`), else a folder or .gguf file that exists, else `org/name[@revision]`.
+    /// Reads `text`: a built-in name (`eurus-mini/policy`), else a folder or .gguf file that exists, else
+    /// `org/name[@revision][:file]`.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a text that is none of these.
@@ -56,21 +59,25 @@ impl Source {
 }
 
 impl Repository {
-    /// Reads `org/name` or `org/name@revision`.
+    /// Reads `org/name`, `org/name@revision`, and either followed by `:file`.
     ///
     /// # Errors
     /// [`Error::Invalid`] for anything else.
     pub fn parse(text: &str) -> Result<Self> {
-        let (id, revision) = match text.split_once('@') {
-            Some((id, revision)) => (id, Some(revision)),
+        let (repository, file) = match text.split_once(':') {
+            Some((repository, file)) => (repository, Some(file)),
             None => (text, None),
+        };
+        let (id, revision) = match repository.split_once('@') {
+            Some((id, revision)) => (id, Some(revision)),
+            None => (repository, None),
         };
         let sound = |part: &str| is_plain(part) && !part.starts_with('.');
         let sound = id.split_once('/').is_some_and(|(org, name)| sound(org) && sound(name)) && !id.contains("..");
         if !sound {
             let names: Vec<&str> = BuiltIn::ALL.iter().map(BuiltIn::name).collect();
             let what = format!(
-                "{} is no folder, no built-in model ({}) and no repository like org/name or org/name@revision",
+                "{} is no folder, no built-in model ({}) and no repository like org/name, org/name@revision or org/name:Q4_K_M",
                 shown(text),
                 names.join(", ")
             );
@@ -79,8 +86,19 @@ impl Repository {
         if let Some(revision) = revision {
             check_revision(revision)?;
         }
-        Ok(Self { id: id.to_owned(), revision: revision.map(str::to_owned) })
+        if file.is_some_and(|file| !is_path(file)) {
+            let what = format!("{} names no file of a repository, and no quantisation such as Q4_K_M", shown(text));
+            return Err(Error::invalid("model", what));
+        }
+        Ok(Self { id: id.to_owned(), revision: revision.map(str::to_owned), file: file.map(str::to_owned) })
     }
+}
+
+/// Whether `path` is that of a file below a repository, whatever its depth.
+pub(super) fn is_path(path: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-' | '+');
+    let sound = |part: &str| !part.is_empty() && !part.starts_with('.') && part.chars().all(plain);
+    path.len() <= 255 && path.split('/').all(sound)
 }
 
 /// A branch such as `main` or `refs/pr/5`, a tag, or a commit.
@@ -117,8 +135,15 @@ mod tests {
         let folder = std::env::temp_dir().display().to_string();
         assert_eq!(Source::parse(&folder).unwrap(), Source::Folder(std::env::temp_dir()));
         let hub = |id: &str, revision: Option<&str>| {
-            Source::Hub(Repository { id: id.to_owned(), revision: revision.map(str::to_owned) })
+            Source::Hub(Repository { id: id.to_owned(), revision: revision.map(str::to_owned), file: None })
         };
+        for (text, revision, file) in [
+            ("org/name:Q4_K_M", None, "Q4_K_M"),
+            ("org/name@v1:a/b-00001-of-00002.gguf", Some("v1"), "a/b-00001-of-00002.gguf"),
+        ] {
+            let Source::Hub(found) = Source::parse(text).unwrap() else { panic!("{text}") };
+            assert_eq!((found.revision.as_deref(), found.file.as_deref()), (revision, Some(file)));
+        }
         assert_eq!(Source::parse("openbmb/Eurus-7b-kto").unwrap(), hub("openbmb/Eurus-7b-kto", None));
         let pinned = hub("openbmb/Eurus-RM-7b", Some("refs/pr/5"));
         assert_eq!(Source::parse("openbmb/Eurus-RM-7b@refs/pr/5").unwrap(), pinned);
@@ -157,6 +182,12 @@ mod tests {
             "org/name@/main",
             "org/name@a@b",
             "org/name@.git",
+            "org/name:",
+            "org/name:../x.gguf",
+            "org/name:/x.gguf",
+            "org/name:a//x.gguf",
+            "org/name:x.gguf@main",
+            "org/name:a:b",
         ] {
             let error = Source::parse(text).unwrap_err();
             assert!(matches!(error, Error::Invalid { .. }), "{text:?}: {error:?}");

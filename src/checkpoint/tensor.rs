@@ -43,6 +43,19 @@ pub struct TensorInfo {
     pub bytes: u64,
 }
 
+/// What happens to a tensor that was read: to its data, in the order of its Hugging Face tensor.
+pub(super) type Take<'a> = dyn FnMut(&TensorInfo, Vec<u8>) -> Result<()> + 'a;
+
+/// Bytes of a tensor of this shape, whose rows are whole blocks.
+pub(super) fn bytes(storage: &Storage, shape: &[usize]) -> u64 {
+    let count: u64 = shape.iter().map(|dim| *dim as u64).product();
+    match storage {
+        Storage::Float(dtype) => count * dtype.size_in_bytes() as u64,
+        Storage::Quantized(format) => count / format.block_len() as u64 * format.block_bytes() as u64,
+        Storage::Other(_) => 0,
+    }
+}
+
 /// Compares names, shapes and element types with what the model needs.
 pub(super) fn check<'a>(infos: impl Iterator<Item = &'a TensorInfo>, config: &ModelConfig) -> Result<()> {
     let mut problems = WeightProblems::default();

@@ -81,12 +81,16 @@ fn create(files: &Files) -> Result<Box<dyn Write>> {
     Ok(Box::new(BufWriter::new(file)))
 }
 
-fn parse(line: &str) -> Result<Row> {
+/// The row in `line`.
+///
+/// # Errors
+/// [`Error::Invalid`] if it is no JSON object.
+pub(super) fn parse(line: &str) -> Result<Row> {
     serde_json::from_str(line).map_err(|error| Error::invalid("row", format!("not a JSON object ({error})")))
 }
 
 /// The same error, saying where.
-fn located(place: &str, error: Error) -> Error {
+pub(super) fn located(place: &str, error: Error) -> Error {
     match error {
         Error::Invalid { message, field } => Error::Invalid { message: format!("{place}: {message}"), field },
         Error::Unavailable(message) => Error::Unavailable(format!("{place}: {message}")),

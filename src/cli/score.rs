@@ -77,7 +77,7 @@ async fn score(service: Arc<Service>, args: &ScoreArgs, mut row: Row) -> Result<
 }
 
 /// What a row asks to be scored, and whether it is a single text.
-fn inputs(row: &Row) -> Result<(Vec<ScoreInput>, bool)> {
+pub(super) fn inputs(row: &Row) -> Result<(Vec<ScoreInput>, bool)> {
     if row.contains_key("messages") {
         return Ok((vec![ScoreInput::Messages(jsonl::conversation(row, "messages")?)], true));
     }

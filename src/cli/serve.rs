@@ -83,6 +83,7 @@ mod tests {
                 "log_format" => "json",
                 "offline" => "true",
                 "log_level" => "warn",
+                "quantize" | "reward_quantize" => "q4_k_m",
                 _ => "7",
             };
             let arguments = match arg.get_long() {
@@ -94,7 +95,7 @@ mod tests {
             assert_ne!(changed.pointer(&pointer), defaults.pointer(&pointer), "{variable} does not set {key}");
             tried += 1;
         }
-        assert!(tried >= 19, "only {tried} flags were tried");
+        assert!(tried >= 22, "only {tried} flags were tried");
     }
 
     #[test]

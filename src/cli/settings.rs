@@ -15,6 +15,9 @@ use crate::{
 /// Requests that may wait for the engine of a command without a server.
 const WAITING_MAX: usize = 1 << 20;
 
+/// What matrices can be rounded to.
+pub(super) const FORMATS: [&str; 7] = ["bf16", "f16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"];
+
 /// Which models, and how they run.
 #[derive(Debug, Args)]
 pub(super) struct SettingArgs {
@@ -30,6 +33,15 @@ pub(super) struct SettingArgs {
     /// Name of the reward model in requests
     #[arg(long, env = "EURUS_REWARD_MODEL_NAME", value_name = "NAME")]
     reward_model_name: Option<String>,
+    /// Round the policy's matrices while it is loaded
+    #[arg(long, env = "EURUS_QUANTIZE", value_name = "FORMAT", value_parser = FORMATS)]
+    quantize: Option<String>,
+    /// Round the reward model's matrices while it is loaded
+    #[arg(long, env = "EURUS_REWARD_QUANTIZE", value_name = "FORMAT", value_parser = FORMATS)]
+    reward_quantize: Option<String>,
+    /// Safetensors file with one row: the head of the reward model, in place of its own
+    #[arg(long, env = "EURUS_REWARD_HEAD", value_name = "FILE")]
+    reward_head: Option<String>,
     /// Settings file
     #[arg(long, env = "EURUS_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -96,6 +108,9 @@ impl SettingArgs {
         overrides.set("reward_model", self.reward_model.clone());
         overrides.set("model_name", self.model_name.clone());
         overrides.set("reward_model_name", self.reward_model_name.clone());
+        overrides.set("quantize", self.quantize.clone());
+        overrides.set("reward_quantize", self.reward_quantize.clone());
+        overrides.set("reward_head", self.reward_head.clone());
         overrides.set("hub.revision", self.revision.clone());
         overrides.set("hub.reward_revision", self.reward_revision.clone());
         overrides.set("hub.offline", self.offline);

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::{load, memory::MemoryPlan};
 use crate::{
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, Rounding},
     config::{Config, NONE},
     device,
     error::{Error, Result},
@@ -30,8 +30,12 @@ pub fn check(config: &Config) -> (String, Result<()>) {
                 };
                 note(load::check_kind(kind, &checkpoint));
                 note(checkpoint.check_tensors());
+                let rounding = load::rounding(kind, config);
+                if rounding.is_some() {
+                    note(checkpoint.check_roundable());
+                }
                 note(checkpoint.tokenizer().map(drop));
-                note(describe(&checkpoint, config, &mut available, &mut report));
+                note(describe(&checkpoint, rounding, config, &mut available, &mut report));
             }
         }
     }
@@ -43,9 +47,15 @@ pub fn check(config: &Config) -> (String, Result<()>) {
 }
 
 /// Adds a paragraph on `checkpoint` to `report` and takes what it needs from `available`.
-fn describe(checkpoint: &Checkpoint, config: &Config, available: &mut Option<u64>, report: &mut String) -> Result<()> {
+fn describe(
+    checkpoint: &Checkpoint,
+    rounding: Option<Rounding>,
+    config: &Config,
+    available: &mut Option<u64>,
+    report: &mut String,
+) -> Result<()> {
     let headers = checkpoint.headers();
-    let bytes = headers.iter().map(|tensor| tensor.bytes).sum();
+    let bytes = checkpoint.weight_bytes(rounding);
     let model = &checkpoint.config;
     // Writing to a String cannot fail.
     let _ = writeln!(report, "{}", checkpoint.name);
@@ -60,6 +70,10 @@ fn describe(checkpoint: &Checkpoint, config: &Config, available: &mut Option<u64
         "  shape       {} layers, hidden {}, {} heads of {}, {} key/value heads, vocabulary {}",
         model.layers, model.hidden, model.heads, model.head_dim, model.kv_heads, model.vocab
     );
+    if let Some(rounding) = rounding {
+        let stored = checkpoint.weight_bytes(None) as f64 / f64::from(1 << 20);
+        let _ = writeln!(report, "  quantised   to {rounding} while loading, from {stored:.1} MiB");
+    }
     let template = checkpoint.chat_template()?;
     let _ = writeln!(report, "  template    {}", template.name());
     let plan = MemoryPlan::new(model, bytes, &config.engine, *available)?;

@@ -10,8 +10,8 @@ use candle_core::Device;
 
 use super::{memory::MemoryPlan, progress::ProgressLine};
 use crate::{
-    checkpoint::{self, Checkpoint, HubOptions, Source},
-    config::Config,
+    checkpoint::{self, Checkpoint, HubOptions, Rounding, Source},
+    config::{Config, Quantization},
     device,
     engine::{Engine, Limits},
     error::{Error, Result},
@@ -37,13 +37,14 @@ pub(super) fn load(kind: Kind, config: &Config, metrics: &Metrics) -> Result<(Se
     let tokenizer = Arc::new(checkpoint.tokenizer()?);
     let template = Arc::new(checkpoint.chat_template()?);
 
-    let weight_bytes = checkpoint.headers().iter().map(|tensor| tensor.bytes).sum();
+    let rounding = rounding(kind, config);
+    let weight_bytes = checkpoint.weight_bytes(rounding);
     let plan = MemoryPlan::new(&checkpoint.config, weight_bytes, &config.engine, device::memory_available())?;
     tracing::info!(model = name, template = template.name(), "{plan}");
     if plan.cache_len() < plan.len_max {
         tracing::warn!(model = name, "the cache holds {} tokens: longer sequences are refused", plan.cache_len());
     }
-    let runner = timed(metrics, "load", || runner(&checkpoint, &plan))?;
+    let runner = timed(metrics, "load", || runner(&checkpoint, rounding, &plan))?;
 
     let limits = Limits {
         step_tokens: config.engine.step_tokens,
@@ -81,10 +82,31 @@ pub(super) fn open(kind: Kind, config: &Config) -> Result<Checkpoint> {
     let mut options = HubOptions::from_env();
     options.revision.clone_from(revision);
     options.offline |= config.hub.offline;
-    open_source(source, &options)
+    let checkpoint = open_source(source, &options)?;
+    match &config.reward_head {
+        Some(path) if kind == Kind::Reward => checkpoint.with_reward_head(path),
+        _ => Ok(checkpoint),
+    }
 }
 
-fn open_source(source: &str, options: &HubOptions) -> Result<Checkpoint> {
+/// What the matrices of the policy or the reward model are rounded to while they are loaded.
+pub(super) fn rounding(kind: Kind, config: &Config) -> Option<Rounding> {
+    let asked = match kind {
+        Kind::Policy => config.quantize,
+        Kind::Reward => config.reward_quantize,
+    };
+    asked.map(|format| match format {
+        Quantization::Bf16 => Rounding::Bf16,
+        Quantization::F16 => Rounding::F16,
+        Quantization::Q8_0 => Rounding::Q8_0,
+        Quantization::Q4_0 => Rounding::Q4_0,
+        Quantization::Q4KM => Rounding::Q4KM,
+        Quantization::Q5KM => Rounding::Q5KM,
+        Quantization::Q6K => Rounding::Q6K,
+    })
+}
+
+pub(crate) fn open_source(source: &str, options: &HubOptions) -> Result<Checkpoint> {
     let mut line = ProgressLine::start();
     let checkpoint = checkpoint::open(&Source::parse(source)?, options, &mut |progress| line.show(progress));
     line.end();
@@ -109,16 +131,16 @@ fn eos_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Vec<u32> {
     if checkpoint.config.eos.is_empty() { tokenizer.eos().into_iter().collect() } else { checkpoint.config.eos.clone() }
 }
 
-fn runner(checkpoint: &Checkpoint, plan: &MemoryPlan) -> Result<Runner> {
+fn runner(checkpoint: &Checkpoint, rounding: Option<Rounding>, plan: &MemoryPlan) -> Result<Runner> {
     let device = device::open();
-    let model = load_model(checkpoint, &device)?;
+    let model = load_model(checkpoint, rounding, &device)?;
     let cache = KvCache::new(&checkpoint.config, plan.block_count, plan.block_size, &device)?;
     Ok(Runner::new(model, cache))
 }
 
-fn load_model(checkpoint: &Checkpoint, device: &Device) -> Result<Model> {
+fn load_model(checkpoint: &Checkpoint, rounding: Option<Rounding>, device: &Device) -> Result<Model> {
     let mut line = ProgressLine::start();
-    let weights = checkpoint.load_weights(device, &mut |progress| line.show(progress));
+    let weights = checkpoint.load_rounded(rounding, device, &mut |progress| line.show(progress));
     line.end();
     Model::load(checkpoint.config.clone(), weights?, device)
 }
@@ -128,7 +150,7 @@ fn load_model(checkpoint: &Checkpoint, device: &Device) -> Result<Model> {
 /// # Errors
 /// A checkpoint that cannot be had or is damaged.
 pub fn model(source: &str) -> Result<Model> {
-    load_model(&open_source(source, &HubOptions::from_env())?, &device::open())
+    load_model(&open_source(source, &HubOptions::from_env())?, None, &device::open())
 }
 
 /// Runs a stage of the start and records how long it took.

@@ -12,7 +12,9 @@ use eurus::model::weights::Weights;
 use tempfile::TempDir;
 
 pub(crate) mod gguf;
+mod gguf_kinds;
 mod hub;
+mod quantize;
 mod sentencepiece;
 
 fn fixture(name: &str) -> PathBuf {

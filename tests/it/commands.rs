@@ -156,6 +156,74 @@ fn a_made_checkpoint_loads_and_is_timed() {
 }
 
 #[test]
+fn a_reward_model_is_quantised_and_its_rewards_are_compared() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let wrong = RIGHT.replace("24+5=29, left 29", "24-5=19, left 19");
+    let rows = [
+        json!({"prompt": QUESTION, "chosen": RIGHT, "rejected": wrong}),
+        json!({"prompt": QUESTION, "completions": [RIGHT, "no", wrong]}),
+    ];
+    fs::write(place("rows.jsonl"), rows.map(|row| format!("{row}\n")).concat()).unwrap();
+    let arguments =
+        ["quantize", "eurus-mini/reward", &place("r.gguf"), "--format", "q8_0", "--report", &place("rows.jsonl")];
+    let (code, output, log) = run(&arguments, "");
+    assert_eq!(code, Some(0), "{log}");
+    for part in [
+        "r.gguf: ",
+        "43 in Q8_0",
+        "14 in f32",
+        "rewards of 5 texts: off by 0.",
+        "of 4 pairs: 4 kept (100.00%)",
+        "of 1: 1 before, 1 after",
+    ] {
+        assert!(output.contains(part), "no {part:?} in {output}");
+    }
+    let scored = |model: &[&str]| {
+        let row = json!({"prompt": QUESTION, "completion": RIGHT});
+        self::rows(&[&["score"][..], model].concat(), &[row])[0]["reward"].as_f64().unwrap()
+    };
+    let written = scored(&["--reward-model", &place("r.gguf")]);
+    assert!((written - 2.331_731_8).abs() < 0.1, "{written}");
+    // Rounded while it is loaded, the same.
+    assert_eq!(written, scored(&["--reward-quantize", "q8_0"]));
+
+    for (arguments, part) in [
+        (["eurus-mini/policy", &place("p.gguf"), "--format", "q8_0"], "is no reward model: it has no rewards"),
+        (["eurus-mini/reward", &place("r.gguf"), "--format", "q4_0"], "r.gguf: is there already"),
+        ([&place("r.gguf"), &place("s.gguf"), "--format", "q4_0"], "already; name the original"),
+    ] {
+        let (code, _, log) = run(&[&["quantize", "--report", &place("rows.jsonl")], &arguments[..]].concat(), "");
+        assert_eq!(code, Some(2), "{log}");
+        assert!(log.contains(part), "{log}");
+    }
+    fs::write(place("rows.jsonl"), "{\"prompt\": \"x\", \"chosen\": \"y\"}\n").unwrap();
+    let (code, _, log) = run(
+        &["quantize", "eurus-mini/reward", &place("t.gguf"), "--format", "q8_0", "--report", &place("rows.jsonl")],
+        "",
+    );
+    assert_eq!((code, fs::exists(place("t.gguf")).unwrap()), (Some(2), false));
+    assert!(log.contains("rows.jsonl:1: `rejected` must be a string"), "{log}");
+}
+
+#[test]
+fn check_plans_for_what_is_rounded_while_it_is_loaded() {
+    let (code, report, log) = run(&["check", "--quantize", "q8_0", "--reward-model", "none"], "");
+    assert_eq!(code, Some(0), "{log}");
+    assert!(
+        report.contains("quantised   to q8_0 while loading, from 4.7 MiB") && report.contains("weights 1.2 MiB"),
+        "{report}"
+    );
+    let quantized = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/gguf/q4_0.gguf");
+    let (code, _, log) = run(&["check", "--quantize", "q8_0", "--model", quantized, "--reward-model", "none"], "");
+    assert_eq!(code, Some(2));
+    assert!(log.contains("is Q6_K already; name the original"), "{log}");
+    let (code, _, log) = run(&["check", "--set", "quantize=q3"], "");
+    assert_eq!(code, Some(2));
+    assert!(log.contains("quantize") && log.contains("q4_k_m"), "{log}");
+}
+
+#[test]
 fn reading_memory_is_timed() {
     let (code, report, log) = run(&["bench", "memory", "--mib", "4", "--passes", "2", "--json"], "");
     assert_eq!(code, Some(0), "{log}");

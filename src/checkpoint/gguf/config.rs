@@ -7,12 +7,19 @@ use serde_json::{Map, Value as Json, json};
 use super::header::Value;
 use crate::error::{Error, Result};
 
-/// What the metadata does not tell: about the head, from the tensors.
+/// Key of this program: a reward is read after an end-of-sequence token.
+pub(super) const APPEND_EOS: &str = "eurus.append_eos";
+/// Key of this program: all tokens that end an answer, where there are several.
+pub(super) const EOS_IDS: &str = "eurus.eos_token_ids";
+
+/// What the metadata does not tell: about the head and the numbers, from the tensors.
 pub(super) struct Head {
     /// There is a tensor of rewards.
     pub(super) is_reward: bool,
     /// There is no tensor of logits.
     pub(super) is_tied: bool,
+    /// What config.json calls the type of all matrices, where they are floating-point and have one.
+    pub(super) dtype: Option<&'static str>,
 }
 
 /// The metadata of one file, by key.
@@ -105,9 +112,7 @@ pub(super) fn config_json(metadata: Metadata<'_>, head: &Head) -> Result<String>
         ("intermediate_size", "llama.feed_forward_length"),
         ("max_position_embeddings", "llama.context_length"),
         ("head_dim", "llama.attention.key_length"),
-        ("sliding_window", "llama.attention.sliding_window"),
         ("bos_token_id", "tokenizer.ggml.bos_token_id"),
-        ("eos_token_id", "tokenizer.ggml.eos_token_id"),
     ];
     for (key, name) in sizes {
         put(key, metadata.number(name)?.map(Json::from));
@@ -121,8 +126,13 @@ pub(super) fn config_json(metadata: Metadata<'_>, head: &Head) -> Result<String>
     }
     put("rms_norm_eps", eps.map(Json::from));
     put("rope_theta", metadata.real("llama.rope.freq_base")?.map(Json::from));
-    // Only Mistral's configuration knows windows, and wants the number of key heads said.
-    let is_windowed = metadata.get("llama.attention.sliding_window").is_some();
+    put("eos_token_id", ends(metadata)?);
+    put("append_eos", metadata.flag(APPEND_EOS)?.map(Json::from));
+    put("torch_dtype", head.dtype.map(Json::from));
+    // Only Mistral's configuration knows windows, and wants the number of key heads said. A window of 0 is none.
+    let window = metadata.number("llama.attention.sliding_window")?.filter(|window| *window > 0);
+    let is_windowed = window.is_some();
+    put("sliding_window", window.map(Json::from));
     let class = match (head.is_reward, is_windowed) {
         (true, _) => "EurusRewardModel",
         (false, true) => "MistralForCausalLM",
@@ -135,6 +145,22 @@ pub(super) fn config_json(metadata: Metadata<'_>, head: &Head) -> Result<String>
         put("num_key_value_heads", metadata.number("llama.attention.head_count")?.map(Json::from));
     }
     Ok(Json::Object(config).to_string())
+}
+
+/// Tokens that end an answer: of a text, and of a turn where it has one of its own.
+fn ends(metadata: Metadata<'_>) -> Result<Option<Json>> {
+    if let Some(ids) = metadata.list(EOS_IDS)? {
+        let id = |value: &Value| match value {
+            Value::Unsigned(id) => Ok(Json::from(*id)),
+            other => Err(wrong(EOS_IDS, "a list of token ids", other)),
+        };
+        return ids.iter().map(id).collect::<Result<Vec<_>>>().map(|ids| Some(Json::Array(ids)));
+    }
+    let mut ids = Vec::new();
+    for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
+        ids.extend(metadata.number(key)?.map(Json::from));
+    }
+    Ok((!ids.is_empty()).then_some(Json::Array(ids)))
 }
 
 fn refuse_others(metadata: Metadata<'_>) -> Result<()> {

@@ -15,7 +15,8 @@ use crate::model::weights::Format;
 const MAGIC: [u8; 4] = *b"GGUF";
 /// Largest header that is read; vocabularies of 256,000 tokens with merges take some 10 MB.
 const HEADER_BYTES_MAX: u64 = 256 << 20;
-const TEXT_BYTES_MAX: u64 = 16 << 20;
+/// The tokenizer.json of the largest vocabularies, which may be a text of a header, has some 35 MB.
+const TEXT_BYTES_MAX: u64 = 64 << 20;
 const TENSORS_MAX: u64 = 100_000;
 const KEYS_MAX: u64 = 100_000;
 /// Values of all lists together; each takes more memory than its bytes in the file.

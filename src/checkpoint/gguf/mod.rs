@@ -6,18 +6,25 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::DType;
 
-use super::tensor::{Storage, TensorInfo};
-use super::{Checkpoint, Files, OpenedTokenizer, Progress, Tensors, read_exactly};
+use super::tensor::{Storage, Take, TensorInfo};
+use super::{Checkpoint, Files, OpenedTokenizer, Tensors, read_exactly};
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
-use crate::model::weights::{Matrix, Weights};
 
+mod choose;
 mod config;
+mod export;
 mod header;
 mod names;
 mod tokenizer;
+mod vocabulary;
+mod write;
+
+pub(super) use choose::choose;
+pub(super) use export::write;
+pub(super) use names::{LANGUAGE_HEAD, REWARD_HEAD};
 
 use config::{Head, Metadata};
 use header::{Entry, Header};
@@ -58,7 +65,8 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let entries = || headers.iter().flat_map(|header| header.tensors.iter().map(|entry| (&header.path, entry)));
     let places: Vec<Place> = entries().map(|(path, entry)| Place::new(path, entry)).collect();
     let has = |name: &str| places.iter().any(|place| place.info.name == name);
-    let head = Head { is_reward: has(names::REWARD_HEAD), is_tied: !has(names::LANGUAGE_HEAD) };
+    let is_reward = has(names::REWARD_HEAD);
+    let head = Head { is_reward, is_tied: !has(names::LANGUAGE_HEAD), dtype: dtype(&places) };
     let json = config::config_json(metadata, &head).map_err(named)?;
     let config = ModelConfig::parse(&json, None).map_err(named)?;
     let tokenizer = OpenedTokenizer {
@@ -66,7 +74,21 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
         facts: tokenizer::facts(metadata).map_err(named)?,
     };
     let tensors = GgufTensors { places, heads: config.heads, kv_heads: config.kv_heads };
-    Ok(Checkpoint::assemble(name, config, tokenizer, Tensors::Gguf(tensors), Files::Gguf { config: json }))
+    let files = Files::Gguf { path: first.path.clone(), config: json };
+    Ok(Checkpoint::assemble(name, config, tokenizer, Tensors::Gguf(tensors), files))
+}
+
+/// What config.json calls the type of the matrices in `places`, where they have one.
+fn dtype(places: &[Place]) -> Option<&'static str> {
+    let mut storages = places.iter().filter(|place| place.info.shape.len() == 2).map(|place| &place.info.storage);
+    let first = storages.next()?;
+    match first {
+        _ if storages.any(|other| other != first) => None,
+        Storage::Float(DType::F32) => Some("float32"),
+        Storage::Float(DType::F16) => Some("float16"),
+        Storage::Float(DType::BF16) => Some("bfloat16"),
+        _ => None,
+    }
 }
 
 impl Place {
@@ -87,34 +109,22 @@ impl GgufTensors {
         self.places.iter().map(|place| &place.info)
     }
 
-    /// Reads all tensors, the floating-point ones onto `device`.
-    pub(super) fn load(&self, device: &Device, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Weights> {
-        let total = self.infos().map(|info| info.bytes).sum();
-        let mut done = 0;
-        progress(Progress::Load { done, total });
-        let mut weights = Weights::new(HashMap::new());
-        for Place { info, order, path, start } in &self.places {
+    /// Reads one tensor after the other, those whose names `wanted` accepts, and gives `take` its data. `on_bytes` hears of every
+    /// portion read, in bytes.
+    pub(super) fn visit(
+        &self,
+        wanted: &dyn Fn(&str) -> bool,
+        on_bytes: &mut dyn FnMut(u64),
+        take: &mut Take<'_>,
+    ) -> Result<()> {
+        for Place { info, order, path, start } in self.places.iter().filter(|place| wanted(&place.info.name)) {
             let damaged = |error: std::io::Error| Error::file(path, format!("reading {}: {error}", info.name));
             let mut file = File::open(path).map_err(damaged)?;
             file.seek(SeekFrom::Start(*start)).map_err(damaged)?;
-            let bytes = read_exactly(&mut file, info.bytes, &mut |bytes| {
-                done += bytes;
-                progress(Progress::Load { done, total });
-            });
-            let bytes = self.in_order(*order, bytes.map_err(damaged)?, info.shape[0]);
-            match (&info.storage, &*info.shape) {
-                (Storage::Float(dtype), shape) => {
-                    weights.put(&info.name, Tensor::from_raw_buffer(&bytes, *dtype, shape, device)?);
-                }
-                (Storage::Quantized(format), &[rows, k]) => {
-                    weights.put_quantized(&info.name, Matrix { format: *format, rows, k }, &bytes, device)?;
-                }
-                (storage, shape) => {
-                    return Err(Error::Unsupported(format!("{}: {storage} of shape {shape:?}", info.name)));
-                }
-            }
+            let bytes = read_exactly(&mut file, info.bytes, on_bytes).map_err(damaged)?;
+            take(info, self.in_order(*order, bytes, info.shape[0]))?;
         }
-        Ok(weights)
+        Ok(())
     }
 
     /// `bytes` of `rows` rows in the order of the Hugging Face tensor.
@@ -124,7 +134,7 @@ impl GgufTensors {
             RowOrder::Queries => self.heads,
             RowOrder::Keys => self.kv_heads,
         };
-        names::unpermuted(&bytes, rows, heads)
+        names::unpermuted(bytes, rows, heads)
     }
 }
 
@@ -143,6 +153,11 @@ fn parts(path: &Path) -> Result<(String, Vec<PathBuf>)> {
         Some(missing) => Err(Error::file(missing, format!("is missing: the model has {count} parts"))),
         None => Ok((name.to_owned(), parts)),
     }
+}
+
+/// Whether `path` is named like one of several parts.
+pub(super) fn is_part(path: &Path) -> bool {
+    path.file_stem().and_then(|stem| stem.to_str()).is_some_and(|stem| split_name(stem).is_some())
 }
 
 /// `("NAME", 3)` of `NAME-00001-of-00003`.
@@ -169,6 +184,13 @@ fn check_parts(headers: &[Header]) -> Result<()> {
             if let Some(other) = homes.insert(&entry.name, &header.path) {
                 return Err(Error::file(other, format!("and {} have both {}", header.path.display(), entry.name)));
             }
+        }
+        let (said, found) = (number("split.tensors.count")?, homes.len());
+        if let Some(said) = said.filter(|said| index + 1 == headers.len() && *said != found as u64) {
+            return Err(Error::file(
+                &header.path,
+                format!("says that all parts have {said} tensors, they have {found}"),
+            ));
         }
     }
     Ok(())

@@ -58,12 +58,15 @@ fn pieces(metadata: Metadata<'_>) -> Result<Vec<Piece<'_>>> {
         let (Value::Text(text), Value::Real(score)) = (token, score) else {
             return Err(Error::Checkpoint(format!("{TOKENS} must be texts and {SCORES} real numbers")));
         };
-        let kind = match kind {
-            Value::Signed(number) => number.unsigned_abs(),
-            Value::Unsigned(number) => *number,
-            _ => 0,
+        let number = match kind {
+            Value::Signed(number) => u64::try_from(*number).ok(),
+            Value::Unsigned(number) => Some(*number),
+            _ => None,
         };
-        Ok(Piece { text, score: *score as f32, kind: sentencepiece::kind(kind)? })
+        let Some(number) = number else {
+            return Err(Error::Checkpoint(format!("{TYPES} must be numbers above 0, not {kind:?}")));
+        };
+        Ok(Piece { text, score: *score as f32, kind: sentencepiece::kind(number)? })
     });
     pieces.collect()
 }

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::super::folder::Folder;
-use super::super::{CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, shards};
+use super::super::{CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, gguf, shards};
 use crate::error::{Error, Result};
 
 /// One repository's part of the cache.
@@ -35,8 +35,26 @@ impl Snapshots {
         (parts_plain && etag.len() <= 200).then(|| self.root.join("blobs").join(etag))
     }
 
-    /// The folder of `revision` if it has all that a model needs, otherwise what is missing.
-    pub(super) fn complete(&self, revision: &str) -> Result<PathBuf, String> {
+    /// Where the model is that is meant by `revision` and `file`, if it is there as a whole: its folder, or its first GGUF file.
+    /// Otherwise what is missing.
+    pub(super) fn complete(&self, revision: &str, file: Option<&str>) -> Result<PathBuf, String> {
+        let commit = self.commit(revision)?;
+        let path = self.folder(&commit);
+        let folder = Folder::open(&path).map_err(|_| format!("commit {commit} has never been fetched"))?;
+        let names = files_below(&path);
+        if file.is_some() || (names.iter().any(|name| name.ends_with(".gguf")) && !has_safetensors(&folder)) {
+            let parts = gguf::choose(&names, file, &format!("commit {commit}")).map_err(|error| error.to_string())?;
+            return parts.first().map(|first| path.join(first)).ok_or_else(|| "no file".to_owned());
+        }
+        match missing(&folder) {
+            Ok(missing) if missing.is_empty() => Ok(path),
+            Ok(missing) => Err(format!("commit {commit} lacks {}", missing.join(", "))),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// The commit that `revision` was seen at.
+    fn commit(&self, revision: &str) -> Result<String, String> {
         let commit = if is_commit(revision) {
             revision.to_owned()
         } else {
@@ -47,13 +65,7 @@ impl Snapshots {
             }
             commit.to_owned()
         };
-        let path = self.folder(&commit);
-        let folder = Folder::open(&path).map_err(|_| format!("commit {commit} has never been fetched"))?;
-        match missing(&folder) {
-            Ok(missing) if missing.is_empty() => Ok(path),
-            Ok(missing) => Err(format!("commit {commit} lacks {}", missing.join(", "))),
-            Err(error) => Err(error.to_string()),
-        }
+        Ok(commit)
     }
 
     /// Notes that `revision` was seen at `commit`.
@@ -76,16 +88,39 @@ impl Snapshots {
     pub(super) fn link(&self, blob: &Path, commit: &str, file: &str) -> Result<()> {
         let link = self.folder(commit).join(file);
         let failed = |error: std::io::Error| Error::file(&link, error);
-        std::fs::create_dir_all(self.folder(commit)).map_err(failed)?;
+        let parent = link.parent().unwrap_or(&link);
+        std::fs::create_dir_all(parent).map_err(failed)?;
         let _ = std::fs::remove_file(&link);
         let below_root = blob.strip_prefix(&self.root).map_err(Error::internal)?;
-        let target = Path::new("../..").join(below_root);
+        let target = Path::new(&"../".repeat(2 + file.matches('/').count())).join(below_root);
         #[cfg(unix)]
         let linked = std::os::unix::fs::symlink(target, &link);
         #[cfg(not(unix))]
-        let linked = std::fs::copy(self.folder(commit).join(target), &link).map(|_| ());
+        let linked = std::fs::copy(parent.join(target), &link).map(|_| ());
         linked.map_err(failed)
     }
+}
+
+fn has_safetensors(folder: &Folder) -> bool {
+    [shards::SINGLE, shards::INDEX].iter().any(|name| folder.find(name).is_ok_and(|path| path.is_some()))
+}
+
+/// Paths of the files in a snapshot and one folder deeper, where repositories keep models in parts.
+fn files_below(snapshot: &Path) -> Vec<String> {
+    let names = |folder: &Path| -> Vec<String> {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    };
+    let mut files = Vec::new();
+    for name in names(snapshot) {
+        let path = snapshot.join(&name);
+        if path.is_dir() {
+            files.extend(names(&path).into_iter().map(|inner| format!("{name}/{inner}")));
+        } else if path.is_file() {
+            files.push(name);
+        }
+    }
+    files
 }
 
 /// Files without which the folder is no model.
@@ -135,13 +170,14 @@ mod tests {
     fn what_is_missing_is_named() {
         let cache = tempfile::tempdir().unwrap();
         let snapshots = Snapshots::of(cache.path(), "org/name");
-        assert_eq!(snapshots.complete("main").unwrap_err(), "revision main has never been fetched");
+        assert_eq!(snapshots.complete("main", None).unwrap_err(), "revision main has never been fetched");
         snapshots.set_revision("main", COMMIT).unwrap();
-        assert_eq!(snapshots.complete("main").unwrap_err(), format!("commit {COMMIT} has never been fetched"));
+        assert_eq!(snapshots.complete("main", None).unwrap_err(), format!("commit {COMMIT} has never been fetched"));
         let folder = snapshots.folder(COMMIT);
         std::fs::create_dir_all(&folder).unwrap();
-        let lacks =
-            |what: &str| assert_eq!(snapshots.complete(COMMIT).unwrap_err(), format!("commit {COMMIT} lacks {what}"));
+        let lacks = |what: &str| {
+            assert_eq!(snapshots.complete(COMMIT, None).unwrap_err(), format!("commit {COMMIT} lacks {what}"))
+        };
         lacks("config.json, tokenizer.json or tokenizer.model, model.safetensors");
         std::fs::write(folder.join("config.json"), "{}").unwrap();
         std::fs::write(folder.join("tokenizer.model"), "").unwrap();
@@ -151,7 +187,7 @@ mod tests {
         std::fs::write(folder.join("x.safetensors"), "").unwrap();
         lacks("y.safetensors");
         std::fs::write(folder.join("y.safetensors"), "").unwrap();
-        assert_eq!(snapshots.complete("main").unwrap(), folder);
+        assert_eq!(snapshots.complete("main", None).unwrap(), folder);
     }
 
     #[test]

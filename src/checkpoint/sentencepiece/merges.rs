@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 pub(super) fn merges<'a>(pieces: &[Piece<'a>]) -> Result<Vec<[&'a str; 2]>> {
     let scores: HashMap<&str, f32> =
         pieces.iter().filter(|piece| piece.kind == Kind::Normal).map(|piece| (piece.text, piece.score)).collect();
+    check_unused(pieces)?;
     let mut rules = Vec::new();
     let mut lost = 0_usize;
     for piece in pieces.iter().filter(|piece| piece.kind == Kind::Normal) {
@@ -38,6 +39,21 @@ pub(super) fn merges<'a>(pieces: &[Piece<'a>]) -> Result<Vec<[&'a str; 2]>> {
         tracing::warn!("tokenizer.model: pieces {a:?} and {b:?} have one score; texts with both may split otherwise");
     }
     Ok(rules.into_iter().map(|(_, halves)| halves).collect())
+}
+
+/// Unused pieces fill up vocabularies. SentencePiece joins even them, and takes them apart in the end; one that no two pieces make
+/// never comes about and needs no rule.
+fn check_unused(pieces: &[Piece<'_>]) -> Result<()> {
+    let joins = |piece: &&Piece<'_>| matches!(piece.kind, Kind::Normal | Kind::Unused);
+    let scores: HashMap<&str, f32> = pieces.iter().filter(joins).map(|piece| (piece.text, piece.score)).collect();
+    for piece in pieces.iter().filter(|piece| piece.kind == Kind::Unused) {
+        let halves = last_split(piece.text, &scores).map(|split| piece.text.split_at(split));
+        if halves.is_some_and(|(left, right)| scores.contains_key(left) && scores.contains_key(right)) {
+            let what = format!("the unused piece {:?} is made of two others; supply a tokenizer.json", piece.text);
+            return Err(Error::Unsupported(format!("tokenizer.model: {what}")));
+        }
+    }
+    Ok(())
 }
 
 /// Where the last merge joins two parts when `piece` alone is encoded, in bytes; `None` if no merge makes it.
@@ -99,6 +115,17 @@ mod tests {
         assert_eq!(merges(&pieces).unwrap(), [["b", "c"]]);
         pieces[1].kind = Kind::Control;
         assert_eq!(merges(&pieces).unwrap(), [[""; 2]; 0]);
+    }
+
+    #[test]
+    fn unused_pieces_are_passed_over_unless_merging_makes_them() {
+        let mut pieces = pieces(&[("ab", -1.0), ("a", -3.0), ("b", -4.0), ("[PAD6]", -5.0), ("c", -6.0), ("bc", -7.0)]);
+        pieces[3].kind = Kind::Unused;
+        pieces[4].kind = Kind::Unused;
+        assert_eq!(merges(&pieces[..5]).unwrap(), [["a", "b"]]);
+        pieces[5].kind = Kind::Unused;
+        let error = merges(&pieces).unwrap_err().to_string();
+        assert!(error.contains("the unused piece \"bc\" is made of two others"), "{error}");
     }
 
     #[test]

@@ -14,11 +14,11 @@ use eurus::text::tokenizer::{Bos, Special};
 use super::nowhere;
 use crate::parity::packed;
 
-fn fixture(name: &str) -> PathBuf {
+pub(super) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gguf").join(name)
 }
 
-fn open(path: &Path) -> Result<Checkpoint> {
+pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     checkpoint::open(&Source::parse(path.to_str().unwrap())?, &nowhere(), &mut |_| {})
 }
 
@@ -107,7 +107,7 @@ fn a_checkpoint_says_what_the_file_says() {
 }
 
 /// `file` in two parts, the tokenizer in the first, as gguf-split cuts it.
-fn split(file: &Path, folder: &Path) -> [PathBuf; 2] {
+pub(super) fn split(file: &Path, folder: &Path) -> [PathBuf; 2] {
     let bytes = fs::read(file).unwrap();
     let parsed = Cut::parse(&bytes);
     let half = parsed.entries.len() / 2;
@@ -118,10 +118,27 @@ fn split(file: &Path, folder: &Path) -> [PathBuf; 2] {
     })
 }
 
+/// A key of the metadata: its name, type and value as they are written.
+pub(super) type Key = (String, Vec<u8>);
+
+/// A value as it is written: the number of its type, and its bytes.
+pub(super) fn typed<const N: usize>(kind: u32, value: [u8; N]) -> Vec<u8> {
+    [&kind.to_le_bytes()[..], &value].concat()
+}
+
+/// The GGUF file `bytes` with other metadata.
+pub(super) fn edited(bytes: &[u8], change: impl FnOnce(&mut Vec<Key>)) -> Vec<u8> {
+    let mut parsed = Cut::parse(bytes);
+    let before = parsed.keys.clone();
+    change(&mut parsed.keys);
+    assert_ne!(parsed.keys, before, "the edit changes nothing");
+    parsed.file(bytes, &parsed.keys, &parsed.entries)
+}
+
 /// Where the parts of a GGUF file with 32-byte alignment are.
 struct Cut {
-    keys: std::ops::Range<usize>,
-    key_count: u64,
+    /// Names, and types and values as they are written.
+    keys: Vec<Key>,
     /// Name, dimensions and type; offset; bytes of data.
     entries: Vec<(Vec<u8>, usize, usize)>,
     data: usize,
@@ -132,7 +149,7 @@ impl Cut {
         let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
         let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
         let (count, key_count) = (u64_at(8), u64_at(16));
-        let mut at = 24;
+        let (mut at, mut keys) = (24, Vec::new());
         fn skip(kind: u32, at: usize, bytes: &[u8]) -> usize {
             let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
             match kind {
@@ -148,10 +165,11 @@ impl Cut {
             }
         }
         for _ in 0..key_count {
-            at += 8 + u64_at(at) as usize;
-            at = skip(u32_at(at), at + 4, bytes);
+            let name = at + 8..at + 8 + u64_at(at) as usize;
+            let end = skip(u32_at(name.end), name.end + 4, bytes);
+            at = end;
+            keys.push((String::from_utf8(bytes[name.clone()].to_vec()).unwrap(), bytes[name.end..end].to_vec()));
         }
-        let keys = 24..at;
         let mut entries = Vec::new();
         for _ in 0..count {
             let start = at;
@@ -166,19 +184,27 @@ impl Cut {
         for entry in &mut entries {
             entry.2 = ends.iter().find(|end| **end > entry.1).unwrap() - entry.1;
         }
-        Self { keys, key_count, entries, data }
+        Self { keys, entries, data }
     }
 
     fn part(&self, bytes: &[u8], no: u16, entries: &[(Vec<u8>, usize, usize)]) -> Vec<u8> {
+        let own = |name: &str, value: u16| (name.to_owned(), typed(2, value.to_le_bytes()));
+        let mut keys = if no == 0 { self.keys.clone() } else { Vec::new() };
+        keys.extend([
+            own("split.no", no),
+            own("split.count", 2),
+            own("split.tensors.count", self.entries.len() as u16),
+        ]);
+        self.file(bytes, &keys, entries)
+    }
+
+    fn file(&self, bytes: &[u8], keys: &[Key], entries: &[(Vec<u8>, usize, usize)]) -> Vec<u8> {
         let mut out = [b"GGUF", &3_u32.to_le_bytes()[..], &(entries.len() as u64).to_le_bytes()].concat();
-        let keys = if no == 0 { (self.key_count, &bytes[self.keys.clone()]) } else { (0, &[][..]) };
-        out.extend((keys.0 + 2).to_le_bytes());
-        out.extend(keys.1);
-        for (name, value) in [("split.no", no), ("split.count", 2)] {
+        out.extend((keys.len() as u64).to_le_bytes());
+        for (name, value) in keys {
             out.extend((name.len() as u64).to_le_bytes());
             out.extend(name.as_bytes());
-            out.extend(2_u32.to_le_bytes());
-            out.extend(value.to_le_bytes());
+            out.extend(value);
         }
         let mut offset = 0_usize;
         for (entry, _, len) in entries {

@@ -361,3 +361,71 @@ fn the_cache_is_laid_out_as_other_tools_expect() {
     let checkpoint = checkpoint::open(&folder, &hub.offline(), &mut |_| {}).unwrap();
     assert_eq!(checkpoint.config.eos, [2, 7]);
 }
+
+/// A repository of GGUF files: two formats, one of them in two parts in a folder of its own.
+fn serving_gguf() -> Hub {
+    let hub = Hub::serving("reward");
+    let scratch = tempfile::tempdir().unwrap();
+    let parts = super::gguf::split(&super::gguf::fixture("q8_0.gguf"), scratch.path());
+    hub.change(|state| {
+        state.files.clear();
+        state.files.insert("README.md".to_owned(), b"not needed".to_vec());
+        state.files.insert("m.Q4_0.gguf".to_owned(), fs::read(super::gguf::fixture("q4_0.gguf")).unwrap());
+        for (index, part) in parts.iter().enumerate() {
+            state.files.insert(format!("Q8_0/m.Q8_0-0000{}-of-00002.gguf", index + 1), fs::read(part).unwrap());
+        }
+    });
+    hub
+}
+
+fn open_named(name: &str, options: &HubOptions) -> Result<Checkpoint> {
+    checkpoint::open(&Source::parse(name).unwrap(), options, &mut |_| {})
+}
+
+#[test]
+fn the_one_gguf_file_that_is_meant_is_fetched_and_found_again_offline() {
+    let hub = serving_gguf();
+    let files = ["m.Q4_0.gguf", "m.Q8_0-00001-of-00002.gguf", "m.Q8_0-00002-of-00002.gguf"];
+    for (name, fetched) in [("org/name:q4_0", &files[..1]), ("org/name:Q8_0", &files[1..])] {
+        let checkpoint = open_named(name, &hub.options()).unwrap();
+        assert_eq!(checkpoint.name, "org/name");
+        checkpoint.load_weights(&Device::Cpu, &mut |_| {}).unwrap();
+        assert_eq!(downloads(&hub.requests()), fetched.iter().map(|file| format!("{file} 0-")).collect::<Vec<_>>());
+        let offline = open_named(name, &hub.offline()).unwrap();
+        assert_eq!(offline.headers(), checkpoint.headers());
+        open_named(name, &HubOptions { revision: Some(COMMIT.to_owned()), ..hub.offline() }).unwrap();
+    }
+    open_named("org/name:Q8_0/m.Q8_0-00001-of-00002.gguf", &hub.options()).unwrap();
+    assert_eq!(downloads(&hub.requests()), [""; 0]);
+    // With blobs but without links, as after another tool's clean-up, nothing is fetched again.
+    fs::remove_dir_all(hub.cache.path().join("models--org--name/snapshots")).unwrap();
+    open_named("org/name:Q8_0", &hub.options()).unwrap().load_weights(&Device::Cpu, &mut |_| {}).unwrap();
+    assert!(downloads(&hub.requests()).iter().all(|request| request.ends_with("0-0")));
+}
+
+#[test]
+fn a_gguf_repository_that_leaves_a_choice_says_which() {
+    let hub = serving_gguf();
+    for (name, part) in [
+        ("org/name", "has several GGUF models; name one of its files: Q8_0/m.Q8_0-*.gguf, m.Q4_0.gguf"),
+        ("org/name:Q5_K_M", "has no GGUF model \"Q5_K_M\"; it has Q8_0/m.Q8_0-*.gguf, m.Q4_0.gguf"),
+        ("org/name:x.gguf", "has no GGUF model \"x.gguf\""),
+    ] {
+        let error = open_named(name, &hub.options()).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    assert_eq!(downloads(&hub.requests()), [""; 0]);
+    hub.change(|state| drop(state.files.remove("m.Q4_0.gguf")));
+    open_named("org/name", &hub.options()).unwrap();
+    open_named("org/name", &hub.offline()).unwrap();
+    let error = open_named("org/name:Q4_0", &hub.offline()).unwrap_err().to_string();
+    assert!(error.contains("has no GGUF model \"Q4_0\"; it has Q8_0/m.Q8_0-*.gguf"), "{error}");
+    // Safetensors are what a name without a file means, where a repository has both.
+    let hub = Hub::serving("reward");
+    hub.change(|state| {
+        drop(state.files.insert("m.Q4_0.gguf".to_owned(), fs::read(super::gguf::fixture("q4_0.gguf")).unwrap()))
+    });
+    assert!(open(&hub.options()).unwrap().headers().len() > 12);
+    assert!(open_named("org/name:Q4_0", &hub.options()).unwrap().headers().len() == 12);
+    assert!(open(&hub.offline()).unwrap().headers().len() > 12);
+}
