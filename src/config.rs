@@ -19,7 +19,8 @@ pub const DEFAULT_FILE: &str = "eurus.toml";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Policy: a built-in name, a folder, a .gguf file, or a hub id `org/name[@revision]`; `none` serves no policy.
+    /// Policy: a built-in name, a folder, a .gguf file, or a hub id
+    /// `org/name[@revision][:gguf]`; `none` serves no policy.
     pub model: String,
     /// Reward model, named like `model`; `none` serves no reward model.
     pub reward_model: String,

@@ -10,7 +10,7 @@ use crate::serve::ProgressLine;
 /// Flags of `eurus pull`.
 #[derive(Debug, Args)]
 pub(super) struct PullArgs {
-    /// Hub ids, org/name or org/name@revision
+    /// Hub ids, org/name[@revision], or of GGUF files org/name:FILE or org/name:Q4_K_M
     #[arg(value_name = "MODEL", required = true)]
     models: Vec<String>,
 }

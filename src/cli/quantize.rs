@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use futures_util::{StreamExt, TryStreamExt, stream};
+use serde_json::{Value, json};
 
 use super::fidelity::{Fidelity, Item};
 use super::settings::FORMATS;
@@ -25,7 +26,8 @@ const MIB: f64 = (1 << 20) as f64;
 pub(super) const NOTES: &str = "OUT must not exist. q4_k_m and q5_k_m give the same tensors more bits as llama.cpp's files. \
 Vectors and reward heads stay in float32. Rows that are no multiple of 256 become Q8_0 where a format of 256 was asked for; rows \
 that are no multiple of 32 stay as they are.\n\n\
---report reads the rows that `eurus score` reads, and pairs: {\"prompt\": .., \"chosen\": text or messages, \"rejected\": ..}. \
+--report reads the rows that `eurus score` reads, and pairs: {\"prompt\": .., \"chosen\": text or messages, \"rejected\": ..}, \
+or UltraInteract's with a trajectory. \
 Texts of one row, and rows of one prompt, are compared with each other.";
 
 /// Flags of `eurus quantize`.
@@ -102,8 +104,17 @@ fn items(path: &Path) -> Result<Vec<Item<ScoreInput>>> {
 }
 
 fn item(row: &jsonl::Row, place: String) -> Result<Item<ScoreInput>> {
+    let Some(trajectory) = row.get("trajectory").and_then(Value::as_array) else { return plain_item(row, place) };
+    // UltraInteract's name for the turns before the answers, and its names for theirs.
+    let turns = trajectory.iter().map(|turn| json!({"role": turn["from"], "content": turn["value"]}));
+    let mut row = row.clone();
+    row.insert("prompt".to_owned(), turns.collect());
+    plain_item(&row, place)
+}
+
+fn plain_item(row: &jsonl::Row, place: String) -> Result<Item<ScoreInput>> {
     // Answers to one prompt are compared; a conversation is its last turn, the answer, to all before it.
-    let prompt = match (row.get("prompt"), row.get("messages").and_then(|turns| turns.as_array())) {
+    let prompt = match (row.get("prompt"), row.get("messages").and_then(Value::as_array)) {
         (Some(prompt), _) => Some(prompt.to_string()),
         (None, Some(turns)) => turns.split_last().map(|(_, prompt)| format!("{prompt:?}")),
         (None, None) => None,
@@ -112,7 +123,7 @@ fn item(row: &jsonl::Row, place: String) -> Result<Item<ScoreInput>> {
         return Ok(Item { texts: score::inputs(row)?.0, is_pair: false, prompt, place });
     }
     let text = |field: &str| -> Result<ScoreInput> {
-        if row.get(field).is_some_and(|value| value.is_array()) {
+        if row.get(field).is_some_and(Value::is_array) {
             let mut turns = jsonl::conversation(row, field)?;
             // The answer alone follows the prompt; a conversation has it already.
             if turns.iter().all(|turn| turn.role == "assistant") && row.contains_key("prompt") {

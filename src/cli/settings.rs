@@ -21,7 +21,7 @@ pub(super) const FORMATS: [&str; 7] = ["bf16", "f16", "q8_0", "q4_0", "q4_k_m", 
 /// Which models, and how they run.
 #[derive(Debug, Args)]
 pub(super) struct SettingArgs {
-    /// Policy: a built-in name, a folder, a .gguf file, or a hub id org/name[@revision]; "none" for no policy
+    /// Policy: a built-in name, a folder, a .gguf file, or a hub id org/name[@revision][:gguf]; "none" for no policy
     #[arg(long, env = "EURUS_MODEL", value_name = "MODEL")]
     pub(super) model: Option<String>,
     /// Reward model, named like the policy; "none" for no reward model

@@ -163,6 +163,7 @@ fn a_reward_model_is_quantised_and_its_rewards_are_compared() {
     let rows = [
         json!({"prompt": QUESTION, "chosen": RIGHT, "rejected": wrong}),
         json!({"prompt": QUESTION, "completions": [RIGHT, "no", wrong]}),
+        json!({"trajectory": [{"from": "user", "value": QUESTION}], "chosen": RIGHT, "rejected": "no"}),
     ];
     fs::write(place("rows.jsonl"), rows.map(|row| format!("{row}\n")).concat()).unwrap();
     let arguments =
@@ -173,9 +174,9 @@ fn a_reward_model_is_quantised_and_its_rewards_are_compared() {
         "r.gguf: ",
         "43 in Q8_0",
         "14 in f32",
-        "rewards of 5 texts: off by 0.",
-        "of 4 pairs: 4 kept (100.00%)",
-        "of 1: 1 before, 1 after",
+        "rewards of 7 texts: off by 0.",
+        "of 5 pairs: 5 kept (100.00%)",
+        "of 2: 2 before, 2 after",
     ] {
         assert!(output.contains(part), "no {part:?} in {output}");
     }
@@ -204,6 +205,20 @@ fn a_reward_model_is_quantised_and_its_rewards_are_compared() {
     );
     assert_eq!((code, fs::exists(place("t.gguf")).unwrap()), (Some(2), false));
     assert!(log.contains("rows.jsonl:1: `rejected` must be a string"), "{log}");
+}
+
+#[test]
+fn a_reward_head_from_a_file_gives_rewards() {
+    use candle_core::{DType, Device, Tensor};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("head.safetensors");
+    let head = Tensor::zeros((1, 128), DType::F32, &Device::Cpu).unwrap();
+    eurus::checkpoint::safetensors::write(&path, &[("w".to_owned(), head)].into()).unwrap();
+    let row = [json!({"prompt": QUESTION, "completion": RIGHT})];
+    let arguments = ["score", "--reward-model", "eurus-mini/policy", "--reward-head", path.to_str().unwrap()];
+    assert_eq!(rows(&arguments, &row)[0]["reward"], json!(0.0));
+    let (code, _, log) = run(&arguments[..3], "");
+    assert!(code == Some(2) && log.contains("has no reward head"), "{log}");
 }
 
 #[test]
