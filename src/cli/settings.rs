@@ -39,6 +39,12 @@ pub(super) struct SettingArgs {
     /// Round the reward model's matrices while it is loaded
     #[arg(long, env = "EURUS_REWARD_QUANTIZE", value_name = "FORMAT", value_parser = FORMATS)]
     reward_quantize: Option<String>,
+    /// How the policy multiplies bf16 weights: f32 is exact, bf16 about twice as fast where the processor has it
+    #[arg(long, env = "EURUS_COMPUTE_DTYPE", value_name = "TYPE", value_parser = ["f32", "bf16"])]
+    compute_dtype: Option<String>,
+    /// The same for the reward model
+    #[arg(long, env = "EURUS_REWARD_COMPUTE_DTYPE", value_name = "TYPE", value_parser = ["f32", "bf16"])]
+    reward_compute_dtype: Option<String>,
     /// Safetensors file with one row: the head of the reward model, in place of its own
     #[arg(long, env = "EURUS_REWARD_HEAD", value_name = "FILE")]
     reward_head: Option<String>,
@@ -110,6 +116,8 @@ impl SettingArgs {
         overrides.set("reward_model_name", self.reward_model_name.clone());
         overrides.set("quantize", self.quantize.clone());
         overrides.set("reward_quantize", self.reward_quantize.clone());
+        overrides.set("compute_dtype", self.compute_dtype.clone());
+        overrides.set("reward_compute_dtype", self.reward_compute_dtype.clone());
         overrides.set("reward_head", self.reward_head.clone());
         overrides.set("hub.revision", self.revision.clone());
         overrides.set("hub.reward_revision", self.reward_revision.clone());

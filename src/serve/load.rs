@@ -11,12 +11,13 @@ use candle_core::Device;
 use super::{memory::MemoryPlan, progress::ProgressLine};
 use crate::{
     checkpoint::{self, Checkpoint, HubOptions, Rounding, Source},
-    config::{Config, Quantization},
+    config::{ComputeDtype, Config, Quantization},
     device,
     engine::{Engine, Limits},
     error::{Error, Result},
     metrics::Metrics,
     model::{Model, config::HeadKind},
+    ops::memory,
     runner::{Runner, kv_cache::KvCache},
     service::{Kind, ServedModel},
     text::Tokenizer,
@@ -44,7 +45,17 @@ pub(super) fn load(kind: Kind, config: &Config, metrics: &Metrics) -> Result<(Se
     if plan.cache_len() < plan.len_max {
         tracing::warn!(model = name, "the cache holds {} tokens: longer sequences are refused", plan.cache_len());
     }
-    let runner = timed(metrics, "load", || runner(&checkpoint, rounding, &plan))?;
+    let compute_dtype = match kind {
+        Kind::Policy => config.compute_dtype,
+        Kind::Reward => config.reward_compute_dtype,
+    };
+    let runner = timed(metrics, "load", || {
+        let mut model = load_model(&checkpoint, rounding, &device::open())?;
+        set_arithmetic(&mut model, compute_dtype, &name)?;
+        let cache = KvCache::new(&checkpoint.config, plan.block_count, plan.block_size, &device::open())?;
+        memory::keep_freed();
+        Ok(Runner::new(model, cache))
+    })?;
 
     let limits = Limits {
         step_tokens: config.engine.step_tokens,
@@ -131,11 +142,21 @@ fn eos_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Vec<u32> {
     if checkpoint.config.eos.is_empty() { tokenizer.eos().into_iter().collect() } else { checkpoint.config.eos.clone() }
 }
 
-fn runner(checkpoint: &Checkpoint, rounding: Option<Rounding>, plan: &MemoryPlan) -> Result<Runner> {
-    let device = device::open();
-    let model = load_model(checkpoint, rounding, &device)?;
-    let cache = KvCache::new(&checkpoint.config, plan.block_count, plan.block_size, &device)?;
-    Ok(Runner::new(model, cache))
+/// Lets `model` compute in `asked`, as far as its weights and the processor can.
+fn set_arithmetic(model: &mut Model, asked: ComputeDtype, name: &str) -> Result<()> {
+    match asked {
+        ComputeDtype::F32 => {}
+        ComputeDtype::Bf16 if model.pack()? == 0 => {
+            tracing::warn!(
+                model = name,
+                "no weight can be multiplied in bf16 on this processor: computed as compute_dtype f32"
+            );
+        }
+        ComputeDtype::Bf16 => {
+            tracing::info!(model = name, "bf16 weights are multiplied by activations rounded to bf16")
+        }
+    }
+    Ok(())
 }
 
 fn load_model(checkpoint: &Checkpoint, rounding: Option<Rounding>, device: &Device) -> Result<Model> {

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use super::data::{Encoder, TextEnd};
-use super::recipe::{ComputeDtype, Init, LoraRecipe, Recipe, Stage};
+use super::recipe::{Init, LoraRecipe, Recipe, Stage};
 use crate::checkpoint::{self, Checkpoint, HubOptions, Progress, Source};
+use crate::config::ComputeDtype;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::config::{HeadKind, ModelConfig};

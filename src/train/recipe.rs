@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::config::layers::{self, Layer};
-use crate::config::{byte_count, render};
+use crate::config::{ComputeDtype, byte_count, render};
 use crate::error::{Error, Result};
 use crate::train::batch::BatchRecipe;
 use crate::train::data::DataRecipe;
@@ -317,17 +317,6 @@ impl RunRecipe {
     pub fn report(&self) -> PathBuf {
         self.output.join("report.html")
     }
-}
-
-/// Element type of a run's arithmetic.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ComputeDtype {
-    /// 32 bits.
-    #[default]
-    F32,
-    /// 16 bits, of which 8 are exponent.
-    Bf16,
 }
 
 /// Element type of a written checkpoint.

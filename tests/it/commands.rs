@@ -208,6 +208,19 @@ fn a_reward_model_is_quantised_and_its_rewards_are_compared() {
 }
 
 #[test]
+fn rewards_computed_in_bf16_are_near_the_exact_ones() {
+    let scored = |compute: &str| {
+        let row = json!({"prompt": QUESTION, "completion": RIGHT});
+        let arguments = ["score", "--reward-model", "eurus-mini/reward", "--reward-compute-dtype", compute];
+        rows(&arguments, &[row])[0]["reward"].as_f64().unwrap()
+    };
+    let (exact, rounded) = (scored("f32"), scored("bf16"));
+    assert!((exact - rounded).abs() < 0.1, "{exact} and {rounded}");
+    let (code, _, log) = run(&["check", "--set", "compute_dtype=f16"], "");
+    assert!(code == Some(2) && log.contains("compute_dtype"), "{log}");
+}
+
+#[test]
 fn a_reward_head_from_a_file_gives_rewards() {
     use candle_core::{DType, Device, Tensor};
     let folder = tempfile::tempdir().unwrap();

@@ -271,6 +271,16 @@ fn a_bf16_policy_answers_the_same_in_any_company() {
 }
 
 #[test]
+fn a_policy_that_multiplies_in_bf16_answers_the_same_in_any_company() {
+    check_model("bf16", Kind::Policy, || {
+        let mut model = gguf::model("bf16.gguf");
+        // Nothing is packed where the processor does not multiply bf16; then this is the test of float32.
+        model.pack().unwrap();
+        model
+    });
+}
+
+#[test]
 fn a_policy_with_one_key_head_answers_the_same_in_any_company() {
     check("llama-eos-list", Kind::Policy);
 }
