@@ -8,6 +8,7 @@ use clap::Args;
 
 use crate::{
     config::{Config, NONE, Overrides},
+    device::Choice,
     error::Result,
     service::{Service, generate::GenerateRequest},
 };
@@ -30,6 +31,9 @@ pub(super) struct SettingArgs {
     /// Name of the reward model in requests
     #[arg(long, env = "EURUS_REWARD_MODEL_NAME", value_name = "NAME")]
     reward_model_name: Option<String>,
+    /// Device that models are loaded to; auto takes a GPU where there is one
+    #[arg(long, env = "EURUS_DEVICE", value_name = "DEVICE", value_enum)]
+    device: Option<Choice>,
     /// Settings file
     #[arg(long, env = "EURUS_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -96,6 +100,7 @@ impl SettingArgs {
         overrides.set("reward_model", self.reward_model.clone());
         overrides.set("model_name", self.model_name.clone());
         overrides.set("reward_model_name", self.reward_model_name.clone());
+        overrides.set("device", self.device);
         overrides.set("hub.revision", self.revision.clone());
         overrides.set("hub.reward_revision", self.reward_revision.clone());
         overrides.set("hub.offline", self.offline);

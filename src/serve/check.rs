@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use super::{load, memory::MemoryPlan};
+use super::load;
+use super::memory::{Memory, Needs};
 use crate::{
     checkpoint::Checkpoint,
     config::{Config, NONE},
@@ -13,27 +14,33 @@ use crate::{
 
 /// A report for people, and an error that tells every problem where there is one.
 pub fn check(config: &Config) -> (String, Result<()>) {
-    let (mut report, mut problems) = (String::new(), Vec::new());
-    // The second model has what the first one leaves.
-    let mut available = device::memory_available();
+    let device = match device::open(config.device) {
+        Ok(device) => device,
+        Err(error) => return (String::new(), Err(error)),
+    };
+    let mut report = format!("device        {}\n", device::describe(&device));
+    let (mut checkpoints, mut problems) = (Vec::new(), Vec::new());
     for (kind, source) in [(Kind::Policy, &config.model), (Kind::Reward, &config.reward_model)] {
         if source == NONE {
             continue;
         }
         match load::open(kind, config) {
             Err(error) => problems.push(format!("{source}: {error}")),
-            Ok(checkpoint) => {
-                let mut note = |outcome: Result<()>| {
-                    if let Err(error) = outcome {
-                        problems.push(format!("{source}: {error}"));
-                    }
-                };
-                note(load::check_kind(kind, &checkpoint));
-                note(checkpoint.check_tensors());
-                note(checkpoint.tokenizer().map(drop));
-                note(describe(&checkpoint, config, &mut available, &mut report));
-            }
+            Ok(checkpoint) => checkpoints.push((kind, source, checkpoint)),
         }
+    }
+    let needs = checkpoints.iter().map(|(.., checkpoint)| Needs::new(checkpoint, &device, &config.engine));
+    let mut memory = Memory::new(&device, needs);
+    for (kind, source, checkpoint) in &checkpoints {
+        let mut note = |outcome: Result<()>| {
+            if let Err(error) = outcome {
+                problems.push(format!("{source}: {error}"));
+            }
+        };
+        note(load::check_kind(*kind, checkpoint));
+        note(checkpoint.check_tensors());
+        note(checkpoint.tokenizer().map(drop));
+        note(describe(checkpoint, config, &mut memory, &mut report));
     }
     let outcome = match problems.is_empty() {
         true => Ok(()),
@@ -42,11 +49,11 @@ pub fn check(config: &Config) -> (String, Result<()>) {
     (report, outcome)
 }
 
-/// Adds a paragraph on `checkpoint` to `report` and takes what it needs from `available`.
-fn describe(checkpoint: &Checkpoint, config: &Config, available: &mut Option<u64>, report: &mut String) -> Result<()> {
+/// Adds a paragraph on `checkpoint`, the next to be planned in `memory`, to `report`.
+fn describe(checkpoint: &Checkpoint, config: &Config, memory: &mut Memory, report: &mut String) -> Result<()> {
     let headers = checkpoint.headers();
-    let bytes = headers.iter().map(|tensor| tensor.bytes).sum();
     let model = &checkpoint.config;
+    let plan = memory.plan(model, &config.engine);
     // Writing to a String cannot fail.
     let _ = writeln!(report, "{}", checkpoint.name);
     let _ = writeln!(
@@ -62,8 +69,6 @@ fn describe(checkpoint: &Checkpoint, config: &Config, available: &mut Option<u64
     );
     let template = checkpoint.chat_template()?;
     let _ = writeln!(report, "  template    {}", template.name());
-    let plan = MemoryPlan::new(model, bytes, &config.engine, *available)?;
-    let _ = writeln!(report, "  memory      {plan}");
-    *available = available.map(|free| free.saturating_sub(bytes + plan.cache_bytes()));
+    let _ = writeln!(report, "  memory      {}", plan?);
     Ok(())
 }

@@ -22,13 +22,33 @@ use crate::{
     text::Tokenizer,
 };
 
-/// The policy or the reward model of `config`, running.
+/// A model that is about to be loaded.
+pub(super) struct Opened {
+    pub(super) kind: Kind,
+    pub(super) checkpoint: Checkpoint,
+}
+
+/// The checkpoint of the policy or the reward model of `config`, which is of that kind.
 ///
 /// # Errors
-/// A checkpoint that cannot be had, is damaged, of the wrong kind, or does not fit into memory.
-pub(super) fn load(kind: Kind, config: &Config, metrics: &Metrics) -> Result<(ServedModel, JoinHandle<()>)> {
+/// A checkpoint that cannot be had, is damaged or of the wrong kind.
+pub(super) fn opened(kind: Kind, config: &Config, metrics: &Metrics) -> Result<Opened> {
     let checkpoint = timed(metrics, "open", || open(kind, config))?;
     check_kind(kind, &checkpoint)?;
+    Ok(Opened { kind, checkpoint })
+}
+
+/// A model of `config`, running on `device` as planned.
+///
+/// # Errors
+/// A checkpoint that is damaged or does not fit into memory.
+pub(super) fn load(
+    Opened { kind, checkpoint }: Opened,
+    plan: &MemoryPlan,
+    device: &Device,
+    config: &Config,
+    metrics: &Metrics,
+) -> Result<(ServedModel, JoinHandle<()>)> {
     let name = match kind {
         Kind::Policy => &config.model_name,
         Kind::Reward => &config.reward_model_name,
@@ -37,13 +57,11 @@ pub(super) fn load(kind: Kind, config: &Config, metrics: &Metrics) -> Result<(Se
     let tokenizer = Arc::new(checkpoint.tokenizer()?);
     let template = Arc::new(checkpoint.chat_template()?);
 
-    let weight_bytes = checkpoint.headers().iter().map(|tensor| tensor.bytes).sum();
-    let plan = MemoryPlan::new(&checkpoint.config, weight_bytes, &config.engine, device::memory_available())?;
     tracing::info!(model = name, template = template.name(), "{plan}");
     if plan.cache_len() < plan.len_max {
         tracing::warn!(model = name, "the cache holds {} tokens: longer sequences are refused", plan.cache_len());
     }
-    let runner = timed(metrics, "load", || runner(&checkpoint, &plan))?;
+    let runner = timed(metrics, "load", || runner(&checkpoint, plan, device))?;
 
     let limits = Limits {
         step_tokens: config.engine.step_tokens,
@@ -109,26 +127,26 @@ fn eos_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Vec<u32> {
     if checkpoint.config.eos.is_empty() { tokenizer.eos().into_iter().collect() } else { checkpoint.config.eos.clone() }
 }
 
-fn runner(checkpoint: &Checkpoint, plan: &MemoryPlan) -> Result<Runner> {
-    let device = device::open();
-    let model = load_model(checkpoint, &device)?;
-    let cache = KvCache::new(&checkpoint.config, plan.block_count, plan.block_size, &device)?;
+fn runner(checkpoint: &Checkpoint, plan: &MemoryPlan, device: &Device) -> Result<Runner> {
+    let model = load_model(checkpoint, device)?;
+    let cache = KvCache::new(&model, plan.block_count, plan.block_size)?;
     Ok(Runner::new(model, cache))
 }
 
 fn load_model(checkpoint: &Checkpoint, device: &Device) -> Result<Model> {
     let mut line = ProgressLine::start();
-    let weights = checkpoint.load_weights(device, &mut |progress| line.show(progress));
+    // To the host: what has to be converted is converted there.
+    let weights = checkpoint.load_weights(&Device::Cpu, &mut |progress| line.show(progress));
     line.end();
     Model::load(checkpoint.config.clone(), weights?, device)
 }
 
-/// The model that `source` names, without tokenizer and engine.
+/// The model that `source` names on the chosen device, without tokenizer and engine.
 ///
 /// # Errors
-/// A checkpoint that cannot be had or is damaged.
-pub fn model(source: &str) -> Result<Model> {
-    load_model(&open_source(source, &HubOptions::from_env())?, &device::open())
+/// A checkpoint that cannot be had or is damaged, or no such device.
+pub fn model(source: &str, device: device::Choice) -> Result<Model> {
+    load_model(&open_source(source, &HubOptions::from_env())?, &device::open(device)?)
 }
 
 /// Runs a stage of the start and records how long it took.
