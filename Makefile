@@ -1,6 +1,6 @@
 # Names commands, holds no logic. `make` lists them.
 .PHONY: help build test ci clients serve health fmt lint doc bench bon-curve mini image cuda-toolchain kernels emulator \
-	planted-bugs sanitize-kernels
+	planted-bugs sanitize-kernels device-tests device-bundle
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -40,5 +40,9 @@ planted-bugs: ## kernels with errors planted in them: how many random shapes not
 	cargo test --features emulator --test kernels planted -- --nocapture
 sanitize-kernels: ## the kernels in the emulator under the address sanitiser
 	kernels/emulator/sanitize.sh
+device-tests: cuda-toolchain ## the server's way to a GPU, on the emulator; EURUS_TEST_DEVICE=cuda takes a GPU
+	cargo test --features cuda,emulator --test device
+device-bundle: cuda-toolchain ## binary, device tests and a script for a machine that has a GPU and nothing to build with
+	kernels/bundle.sh
 image: ## container image for CPUs
 	docker build -t eurus .

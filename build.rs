@@ -22,6 +22,7 @@ fn main() {
         }
         if feature("CUDA") {
             compile_for_gpus(&kernels()?, &folder("OUT_DIR")?)?;
+            link_without_libraries(&folder("OUT_DIR")?)?;
         }
         if feature("EMULATOR") {
             compile_for_the_cpu(&kernels()?, &folder("OUT_DIR")?)?;
@@ -51,7 +52,7 @@ fn kernels() -> Result<Vec<String>, String> {
 /// `<name>.fatbin` with code for Hopper and PTX for what else is as new as Ampere, `<name>.log` with what the assembler says of
 /// registers, and `images.rs`, which embeds them.
 fn compile_for_gpus(names: &[String], out: &Path) -> Result<(), String> {
-    println!("cargo:rerun-if-env-changed=EURUS_NVCC");
+    println!("cargo:rerun-if-env-changed=NVCC");
     let nvcc = nvcc()?;
     println!("cargo:rustc-env=EURUS_CUDA_BIN={}", nvcc.parent().unwrap_or(Path::new("")).display());
     let commands = names.iter().map(|name| {
@@ -69,24 +70,102 @@ fn compile_for_gpus(names: &[String], out: &Path) -> Result<(), String> {
     fs::write(out.join("images.rs"), format!("&[\n{images}]\n")).map_err(|error| format!("images.rs: {error}"))
 }
 
-/// The compiler: EURUS_NVCC, or that of `make cuda-toolchain`, or of CUDA_HOME, or of the search path.
+/// The compiler: NVCC, which .cargo/config.toml sets to that of `make cuda-toolchain`, or that of CUDA_HOME, or of the search path.
 fn nvcc() -> Result<PathBuf, String> {
-    if let Some(path) = env::var_os("EURUS_NVCC") {
-        return Ok(path.into());
-    }
-    let mut found = Vec::new();
-    for entry in fs::read_dir(".cuda/lib").into_iter().flatten().flatten() {
-        found.push(entry.path().join("site-packages/nvidia/cu13/bin/nvcc"));
-    }
+    let mut found: Vec<PathBuf> = env::var_os("NVCC").into_iter().map(PathBuf::from).collect();
     found.extend(env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin/nvcc")));
     found.extend(env::var_os("PATH").iter().flat_map(env::split_paths).map(|folder| folder.join("nvcc")));
     let found = found.into_iter().find(|path| path.is_file()).ok_or(
-        "the feature `cuda` needs nvcc: run `make cuda-toolchain`, or set EURUS_NVCC or CUDA_HOME to CUDA 13.0 or later",
+        "the feature `cuda` needs nvcc: run `make cuda-toolchain`, or set NVCC or CUDA_HOME to CUDA 13.0 or later",
     )?;
     fs::canonicalize(&found).map_err(|error| format!("{}: {error}", found.display()))
 }
 
-/// `emulator.so` with all kernels, and `plant_<name>.so` with each planted error. EURUS_EMULATOR_FLAGS: further compiler flags.
+/// A library of kernels/imports.txt.
+#[derive(Default)]
+struct Library<'a> {
+    files: &'a str,
+    /// What its functions return until it is found.
+    code: &'a str,
+    optional: bool,
+    functions: Vec<&'a str>,
+}
+
+/// Gives candle's calls of NVIDIA's libraries somewhere to go: a jump for each function of kernels/imports.txt, through a table that
+/// the program fills when it opens a device (`imports.rs`). What candle asks the linker for is empty, so neither linking nor starting
+/// needs a driver. Only the runtime library, which candle's compiled kernels use, is linked in, from where nvcc lies.
+fn link_without_libraries(out: &Path) -> Result<(), String> {
+    let listed = fs::read_to_string("kernels/imports.txt").map_err(|error| format!("kernels/imports.txt: {error}"))?;
+    let mut libraries: Vec<Library> = Vec::new();
+    for line in listed.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        match (line.strip_prefix('[').and_then(|line| line.split_once("] ")), libraries.last_mut()) {
+            (Some((files, rest)), _) => {
+                let (code, optional) = rest.strip_suffix(" optional").map_or((rest, false), |code| (code, true));
+                libraries.push(Library { files, code, optional, functions: Vec::new() });
+            }
+            (None, Some(library)) => library.functions.push(line),
+            (None, None) => return Err(format!("kernels/imports.txt: {line} is in no section")),
+        }
+    }
+    let write = |name: &str, text: &[u8]| {
+        fs::write(out.join(name), text).map_err(|error| format!("{}: {error}", out.join(name).display()))
+    };
+    write("imports.s", jumps(&libraries).as_bytes())?;
+    write("imports.rs", table(&libraries).as_bytes())?;
+    let mut assemble = Command::new("g++");
+    assemble.arg("-c").arg(out.join("imports.s")).arg("-o").arg(out.join("imports.o"));
+    run(assemble)?;
+    println!("cargo:rustc-link-arg={}", out.join("imports.o").display());
+
+    fs::create_dir_all(out.join("link")).map_err(|error| format!("link: {error}"))?;
+    for name in ["cuda", "cublas", "cublasLt", "curand", "nvrtc"] {
+        write(&format!("link/lib{name}.a"), b"!<arch>\n")?;
+    }
+    let nvcc = nvcc()?;
+    let toolkit = nvcc.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
+    let places =
+        ["lib64", "lib", "targets/x86_64-linux/lib"].map(|place| toolkit.join(place).join("libcudart_static.a"));
+    let Some(runtime) = places.iter().find(|path| path.is_file()) else {
+        return Err(format!("{} lacks lib64/libcudart_static.a", toolkit.display()));
+    };
+    fs::copy(runtime, out.join("link/libcudart.a")).map_err(|error| format!("{}: {error}", runtime.display()))?;
+    println!("cargo:rustc-link-search=native={}", out.join("link").display());
+    Ok(())
+}
+
+/// The jumps, their table, and what stands in it before a library is found: functions that return the library's error.
+fn jumps(libraries: &[Library]) -> String {
+    let functions =
+        || libraries.iter().enumerate().flat_map(|(of, library)| library.functions.iter().map(move |f| (of, f)));
+    let mut text = String::from("    .text\n");
+    for (of, library) in libraries.iter().enumerate() {
+        text += &format!("missing_{of}:\n    movl ${}, %eax\n    ret\n", library.code);
+    }
+    for (index, (_, name)) in functions().enumerate() {
+        text += &format!("    .globl {name}\n    .hidden {name}\n    .type {name},@function\n");
+        text += &format!("{name}:\n    jmp *eurus_imports+{}(%rip)\n", 8 * index);
+    }
+    text += "    .data\n    .balign 8\n    .globl eurus_imports\n    .hidden eurus_imports\neurus_imports:\n";
+    for (of, _) in functions() {
+        text += &format!("    .quad missing_{of}\n");
+    }
+    text + "    .section .note.GNU-stack,\"\",@progbits\n"
+}
+
+/// `LIBRARIES` and `COUNT` for src/ops/cuda/imports.rs.
+fn table(libraries: &[Library]) -> String {
+    let texts = |names: &mut dyn Iterator<Item = &str>| names.map(|name| format!("c\"{name}\", ")).collect::<String>();
+    let mut text = String::from("const LIBRARIES: &[Library] = &[\n");
+    for Library { files, optional, functions, .. } in libraries {
+        let (files, functions) = (texts(&mut files.split(' ')), texts(&mut functions.iter().copied()));
+        text += &format!("Library {{ files: &[{files}], optional: {optional}, functions: &[{functions}] }},\n");
+    }
+    let count: usize = libraries.iter().map(|library| library.functions.len()).sum();
+    text + &format!("];\nconst COUNT: usize = {count};\n")
+}
+
+/// `emulator.so` with all kernels, `plant_<name>.so` with each planted error, and `emulated_driver.so`, which calls all kernels as a
+/// driver does. EURUS_EMULATOR_FLAGS: further compiler flags.
 fn compile_for_the_cpu(names: &[String], out: &Path) -> Result<(), String> {
     println!("cargo:rerun-if-env-changed=EURUS_EMULATOR_FLAGS");
     let flags = env::var("EURUS_EMULATOR_FLAGS").unwrap_or_default();
@@ -103,6 +182,7 @@ fn compile_for_the_cpu(names: &[String], out: &Path) -> Result<(), String> {
         .extend(names.iter().map(|name| object(&format!("kernels/{name}.cu"), None, &format!("emulator-{name}.o"))));
     commands.push(object("kernels/emulator/probes.cu", None, "emulator-probes.o"));
     libraries[0].1.push("probes".to_owned());
+    commands.push(object("kernels/emulator/driver.cpp", None, "emulator-driver.o"));
     for (plant, sources) in PLANTS {
         let library = format!("plant_{}", plant.to_lowercase());
         for name in *sources {
@@ -111,14 +191,19 @@ fn compile_for_the_cpu(names: &[String], out: &Path) -> Result<(), String> {
         libraries.push((library, sources.iter().map(|&name| name.to_owned()).collect()));
     }
     run_all(commands)?;
-    let links = libraries.iter().map(|(library, names)| {
+    let link = |library: &str, objects: &mut dyn Iterator<Item = String>| {
         let mut command = Command::new("g++");
         command.args(["-shared", "-Wl,-Bsymbolic", "-o"]).arg(out.join(format!("{library}.so")));
         command.args(flags.split_whitespace()).arg(out.join("emulator.o"));
-        command.args(names.iter().map(|name| out.join(format!("{library}-{name}.o"))));
+        command.args(objects.map(|object| out.join(object)));
         command
-    });
-    run_all(links.collect()).map(drop)
+    };
+    let links = libraries
+        .iter()
+        .map(|(library, names)| link(library, &mut names.iter().map(|name| format!("{library}-{name}.o"))));
+    let of_kernels = names.iter().map(String::as_str).chain(["driver"]);
+    let driver = link("emulated_driver", &mut of_kernels.map(|name| format!("emulator-{name}.o")));
+    run_all(links.chain([driver]).collect()).map(drop)
 }
 
 /// Runs commands on all processors and returns what each wrote to its error stream; the first that fails is the error.

@@ -14,7 +14,7 @@ packages=(
     nvidia-cuda-nvdisasm==13.2.51
 )
 wanted=$(printf '%s\n' "${packages[@]}")
-if [[ -f .cuda/packages && $(<.cuda/packages) == "$wanted" ]]; then
+if [[ -f .cuda/packages && $(<.cuda/packages) == "$wanted" && -e .cuda/toolkit ]]; then
     exit 0
 fi
 rm -rf .cuda
@@ -24,4 +24,6 @@ home=$(echo .cuda/lib/python3*/site-packages/nvidia/cu13)
 [[ -x $home/bin/nvcc ]] || { echo "the wheels have no $home/bin/nvcc" >&2; exit 1; }
 # nvcc looks for its libraries in lib64; the wheels have lib.
 ln -sfn lib "$home/lib64"
+# One path whatever python3 there is: .cargo/config.toml names it.
+ln -sfn "${home#.cuda/}" .cuda/toolkit
 printf '%s\n' "$wanted" > .cuda/packages

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize, de};
 
+use crate::device::Choice;
 use crate::error::{Error, Result};
 
 pub use layers::Overrides;
@@ -38,6 +39,8 @@ pub struct Config {
     pub reward_compute_dtype: ComputeDtype,
     /// A safetensors file with one row: the head of the reward model, in place of the one its checkpoint has.
     pub reward_head: Option<PathBuf>,
+    /// Device that models are loaded to: `auto` takes a GPU where there is one that this program can use.
+    pub device: Choice,
     /// Where checkpoints come from.
     pub hub: HubConfig,
     /// Listening, keys and deadlines.
@@ -62,6 +65,7 @@ impl Default for Config {
             compute_dtype: ComputeDtype::F32,
             reward_compute_dtype: ComputeDtype::F32,
             reward_head: None,
+            device: Choice::default(),
             hub: HubConfig::default(),
             server: ServerConfig::default(),
             engine: EngineConfig::default(),
@@ -193,7 +197,7 @@ pub struct EngineConfig {
     /// Tokens in a cache block.
     pub block_size: usize,
     /// Memory of one model's key/value cache, in GiB; by default enough for `running_max` sequences of full length,
-    /// but no more than a quarter of the memory that is free.
+    /// but no more than a quarter of the memory that is free, or of a GPU's nine tenths, shared by the models.
     pub kv_cache_gib: Option<f64>,
     /// Threads for arithmetic; by default the number of cores this process may use.
     pub threads: Option<usize>,

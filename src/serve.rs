@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     config::{Config, NONE},
+    device,
     error::{Error, Result},
     http::{
         self, AppState, HttpOptions,
@@ -23,6 +24,8 @@ use crate::{
     ops::parallel,
     service::{Kind, ServedModel, Service, ServiceLimits},
 };
+
+use memory::{Memory, Needs};
 
 pub use check::check;
 pub use load::model;
@@ -121,14 +124,21 @@ fn load_all(config: &Config, metrics: &Metrics) -> Result<Loaded> {
     if let Some(count) = config.engine.threads {
         parallel::set_threads(count);
     }
-    tracing::info!(threads = parallel::threads(), "eurus {}", env!("CARGO_PKG_VERSION"));
+    let first = device::open(config.device)?;
+    let on = device::describe(&first);
+    tracing::info!(threads = parallel::threads(), device = on, "eurus {}", env!("CARGO_PKG_VERSION"));
+    let wanted = [(Kind::Policy, &config.model), (Kind::Reward, &config.reward_model)];
+    let wanted = wanted.into_iter().filter(|(_, source)| *source != NONE);
+    let opened = wanted.map(|(kind, _)| load::opened(kind, config, metrics)).collect::<Result<Vec<_>>>()?;
+    let needs = opened.iter().map(|opened| Needs::new(&opened.checkpoint, opened.rounding, &first, &config.engine));
+    let mut memory = Memory::new(&first, needs);
     let mut loaded = Loaded { models: Vec::new(), engines: Vec::new() };
-    for (kind, source) in [(Kind::Policy, &config.model), (Kind::Reward, &config.reward_model)] {
-        if source != NONE {
-            let (model, engine) = load::load(kind, config, metrics)?;
-            loaded.engines.push((model.name.clone(), engine));
-            loaded.models.push(model);
-        }
+    for opened in opened {
+        let plan = memory.plan(&opened.checkpoint.config, &config.engine)?;
+        let device = if loaded.models.is_empty() { first.clone() } else { device::another(&first)? };
+        let (model, engine) = load::load(opened, &plan, &device, config, metrics)?;
+        loaded.engines.push((model.name.clone(), engine));
+        loaded.models.push(model);
     }
     Ok(loaded)
 }

@@ -282,23 +282,23 @@ static void run_block() {
 struct Kernel {
     const void* kernel;
     Call call;
-    int parameter_count;
+    std::string parameters;
 };
 static std::map<std::string, Kernel>& kernels() {
     static std::map<std::string, Kernel> all;
     return all;
 }
 
-Register::Register(const char* name, const void* kernel, Call call, int parameter_count) {
-    kernels()[name] = Kernel{kernel, call, parameter_count};
+Register::Register(const char* name, const void* kernel, Call call, std::string parameters) {
+    kernels()[name] = Kernel{kernel, call, parameters};
 }
 
 }  // namespace emulator
 
-// The number of parameters of a kernel, or -1 where there is none of that name.
-extern "C" int emulator_parameter_count(const char* name) {
+// A letter for each parameter of a kernel, A for an address and N for a number; null where there is no kernel of that name.
+extern "C" const char* emulator_parameters(const char* name) {
     const auto found = emulator::kernels().find(name);
-    return found == emulator::kernels().end() ? -1 : found->second.parameter_count;
+    return found == emulator::kernels().end() ? nullptr : found->second.parameters.c_str();
 }
 
 // Runs a grid of one-dimensional blocks. Returns 0, or 1 where the kernel is not known or the limits of a GPU are exceeded.
@@ -307,7 +307,8 @@ extern "C" int emulator_launch(const char* name, const unsigned* blocks, unsigne
     using namespace emulator;
     const auto found = kernels().find(name);
     const bool fits = threads > 0 && threads <= THREADS_MAX && threads % WARP == 0 && shared_bytes <= (227 << 10);
-    if (found == kernels().end() || !fits || blocks[1] > 65535 || blocks[2] > 65535) return 1;
+    const bool full = blocks[0] > 0 && blocks[1] > 0 && blocks[2] > 0;
+    if (found == kernels().end() || !fits || !full || blocks[1] > 65535 || blocks[2] > 65535) return 1;
     Grid own{};
     grid = &own;
     own.lanes.resize(threads);

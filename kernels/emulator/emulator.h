@@ -9,7 +9,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #ifndef __x86_64__
@@ -66,7 +68,8 @@ void read_matrices(uint32_t out[4], const void* row, bool transposed, const char
 // The kernels of this library by name, to be called with an array of pointers to the arguments, as the driver does.
 using Call = void (*)(const void* kernel, void** arguments);
 struct Register {
-    Register(const char* name, const void* kernel, Call call, int parameter_count);
+    // `parameters`: for each of them A for an address and N for a number.
+    Register(const char* name, const void* kernel, Call call, std::string parameters);
 };
 
 template <class... A, size_t... I>
@@ -78,7 +81,7 @@ Register registration(const char* name, void (*kernel)(A...)) {
     Call call = [](const void* kernel, void** arguments) {
         call_with<A...>(kernel, arguments, std::make_index_sequence<sizeof...(A)>());
     };
-    return Register(name, reinterpret_cast<const void*>(kernel), call, sizeof...(A));
+    return Register(name, reinterpret_cast<const void*>(kernel), call, {(std::is_pointer_v<A> ? 'A' : 'N')...});
 }
 
 template <class T>

@@ -3,6 +3,7 @@
 
 pub mod bon_curve;
 pub mod countdown;
+pub mod kernels;
 pub mod make_model;
 pub mod memory;
 pub mod model;

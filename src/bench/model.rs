@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::device::{self, Choice};
 use crate::engine::request::SamplingParams;
 use crate::engine::step::{BlockId, Chunk, Draw, Executor, Rows, SequenceId, StepPlan, Want};
 use crate::error::{Error, Result};
@@ -23,6 +24,9 @@ pub struct Options {
     /// Checkpoint: a built-in name, a folder, a .gguf file, or a hub id
     #[arg(long, default_value = "eurus-mini/policy")]
     pub model: String,
+    /// Device that the model is loaded to
+    #[arg(long, value_enum, default_value = "auto")]
+    pub device: Choice,
     /// Threads for arithmetic; by default all cores
     #[arg(long)]
     pub threads: Option<usize>,
@@ -51,6 +55,8 @@ pub struct Options {
 pub struct Report {
     /// Parameters of the model.
     pub parameters: u64,
+    /// What it was timed on.
+    pub device: String,
     /// Threads used.
     pub threads: usize,
     /// Tokens of the prompt.
@@ -91,10 +97,10 @@ pub fn run(options: &Options, mut model: Model) -> Result<Report> {
     }
     let batches = if config.head == HeadKind::Language { options.batches.as_slice() } else { &[] };
     let sequences = batches.iter().copied().max().unwrap_or(1) as usize;
-    let device = model.decoder.embedding().value().device().clone();
-    let cache = KvCache::new(&config, sequences * longest.div_ceil(BLOCK_SIZE), BLOCK_SIZE, &device)?;
-    let mut bench =
-        Bench { runner: Runner::new(model, cache), blocks: longest.div_ceil(BLOCK_SIZE), vocab: config.vocab };
+    let device = device::describe(model.decoder.place().device());
+    let cache = KvCache::new(&model, sequences * longest.div_ceil(BLOCK_SIZE), BLOCK_SIZE)?;
+    let runner = Runner::new(model, cache);
+    let mut bench = Bench { runner, blocks: longest.div_ceil(BLOCK_SIZE), vocab: config.vocab, filled: 0 };
     let prefill = median(|| bench.prefill(options.prefill as usize))?;
     let decode = batches.iter().map(|&batch| {
         let tokens_per_second = median(|| bench.decode(batch as usize, options))?;
@@ -102,6 +108,7 @@ pub fn run(options: &Options, mut model: Model) -> Result<Report> {
     });
     Ok(Report {
         parameters: config.parameter_count(),
+        device,
         threads: parallel::threads(),
         prefill: options.prefill,
         prefill_tokens_per_second: prefill,
@@ -122,6 +129,8 @@ struct Bench {
     /// Blocks of each sequence.
     blocks: usize,
     vocab: usize,
+    /// Sequences that have a context.
+    filled: usize,
 }
 
 impl Bench {
@@ -136,9 +145,10 @@ impl Bench {
     fn decode(&mut self, batch: usize, options: &Options) -> Result<f64> {
         let (context, steps) = (options.context as usize, options.steps as usize);
         let sequences: Vec<usize> = (0..batch).collect();
-        for sequence in &sequences {
-            self.step(&[*sequence], 0, context)?;
+        for sequence in self.filled..batch {
+            self.step(&[sequence], 0, context)?;
         }
+        self.filled = self.filled.max(batch);
         let started = Instant::now();
         for step in 0..steps {
             self.step(&sequences, context + step, 1)?;
@@ -179,7 +189,8 @@ impl Bench {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{:.1} million parameters, {} threads", self.parameters as f64 / 1e6, self.threads)?;
+        let millions = self.parameters as f64 / 1e6;
+        writeln!(f, "{millions:.1} million parameters, {}, {} threads", self.device, self.threads)?;
         write!(f, "prefill {:>5} tokens  {:>10.1} tok/s", self.prefill, self.prefill_tokens_per_second)?;
         for row in &self.decode {
             write!(f, "\ndecode  batch {:>6}  {:>10.1} tok/s", row.batch, row.tokens_per_second)?;

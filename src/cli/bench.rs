@@ -4,8 +4,9 @@ use std::path::Path;
 
 use clap::Subcommand;
 
-use crate::bench::{bon_curve, make_model, memory, model, sample_pairs, serve, train, trees};
+use crate::bench::{bon_curve, kernels, make_model, memory, model, sample_pairs, serve, train, trees};
 use crate::config::LogConfig;
+use crate::device::Choice;
 use crate::error::{Error, Result};
 
 /// What is measured.
@@ -15,6 +16,8 @@ pub(super) enum BenchCommand {
     Serve(serve::Options),
     /// Time a model without a server: prompt and generated tokens per second
     Model(model::Options),
+    /// Time single operations on a device, beside a copy of memory and the library's matrix product
+    Kernels(kernels::Options),
     /// Time training without data: tokens per second and memory
     Train(train::Options),
     /// Time reading memory, the limit of generation with few sequences
@@ -44,12 +47,17 @@ pub(super) fn run(command: &BenchCommand) -> Result<()> {
             super::print(&format!("{report}\n"))
         }
         BenchCommand::Model(options) => {
-            let report = model::run(options, crate::serve::model(&options.model)?)?;
+            let report = model::run(options, crate::serve::model(&options.model, options.device)?)?;
+            let text = if options.json { to_json(&report)? } else { report.to_string() };
+            super::print(&format!("{text}\n"))
+        }
+        BenchCommand::Kernels(options) => {
+            let report = kernels::run(options)?;
             let text = if options.json { to_json(&report)? } else { report.to_string() };
             super::print(&format!("{text}\n"))
         }
         BenchCommand::Train(options) => {
-            let report = train::run(options, crate::serve::model(&options.model)?)?;
+            let report = train::run(options, crate::serve::model(&options.model, Choice::Cpu)?)?;
             let text = if options.json { to_json(&report)? } else { report.to_string() };
             super::print(&format!("{text}\n"))
         }

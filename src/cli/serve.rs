@@ -81,6 +81,7 @@ mod tests {
             let pointer = format!("/{key}");
             let value = match arg.get_id().as_str() {
                 "log_format" => "json",
+                "device" => "cpu",
                 "offline" => "true",
                 "log_level" => "warn",
                 "quantize" | "reward_quantize" => "q4_k_m",

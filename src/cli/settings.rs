@@ -8,6 +8,7 @@ use clap::Args;
 
 use crate::{
     config::{Config, NONE, Overrides},
+    device::Choice,
     error::Result,
     service::{Service, generate::GenerateRequest},
 };
@@ -48,6 +49,9 @@ pub(super) struct SettingArgs {
     /// Safetensors file with one row: the head of the reward model, in place of its own
     #[arg(long, env = "EURUS_REWARD_HEAD", value_name = "FILE")]
     reward_head: Option<String>,
+    /// Device that models are loaded to; auto takes a GPU where there is one
+    #[arg(long, env = "EURUS_DEVICE", value_name = "DEVICE", value_enum)]
+    device: Option<Choice>,
     /// Settings file
     #[arg(long, env = "EURUS_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -119,6 +123,7 @@ impl SettingArgs {
         overrides.set("compute_dtype", self.compute_dtype.clone());
         overrides.set("reward_compute_dtype", self.reward_compute_dtype.clone());
         overrides.set("reward_head", self.reward_head.clone());
+        overrides.set("device", self.device);
         overrides.set("hub.revision", self.revision.clone());
         overrides.set("hub.reward_revision", self.reward_revision.clone());
         overrides.set("hub.offline", self.offline);

@@ -9,9 +9,6 @@ mod keys;
 
 use keys::Keys;
 
-/// Key-value cache entries are kept in f32.
-const KV_VALUE_BYTES: u64 = 4;
-
 /// Largest sizes accepted, far above any published model of this kind: a larger number in a config.json is a damaged
 /// or hostile file, and must not reach an allocation.
 mod most {
@@ -154,9 +151,9 @@ impl ModelConfig {
         (1.0 / (self.head_dim as f64).sqrt()) as f32
     }
 
-    /// Bytes of key-value cache that one token occupies over all layers, in f32.
-    pub fn kv_bytes_per_token(&self) -> u64 {
-        2 * KV_VALUE_BYTES * self.layers as u64 * self.kv_heads as u64 * self.head_dim as u64
+    /// Bytes of key-value cache that one token occupies over all layers, of numbers of `number_bytes`.
+    pub fn kv_bytes_per_token(&self, number_bytes: u64) -> u64 {
+        2 * number_bytes * self.layers as u64 * self.kv_heads as u64 * self.head_dim as u64
     }
 
     /// Every tensor the checkpoint must hold: its Hugging Face name and its shape, `[out, in]` for matrices.
@@ -378,7 +375,7 @@ mod tests {
         assert_eq!((config.head_dim, config.window, config.positions_max), (128, Some(4096), 32768));
         assert_eq!((config.bos, config.eos.as_slice(), config.dtype), (Some(1), &[2][..], Some(DType::BF16)));
         assert_eq!((config.head, config.head_tensor), (HeadKind::Language, Some("lm_head.weight")));
-        assert_eq!(config.kv_bytes_per_token(), 2 * 131_072);
+        assert_eq!(config.kv_bytes_per_token(4), 2 * 131_072);
 
         let reward = parsed(&json!({
             "architectures": ["EurusRewardModel"], "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "append_eos": true

@@ -9,25 +9,26 @@ use crate::error::Result;
 use crate::ops::embed::embed;
 use crate::ops::linear::Linear;
 use crate::ops::parameter::Parameter;
+use crate::ops::place::Place;
 use crate::ops::rms_norm::{add_rms_norm, rms_norm, rms_norm_backward};
-use crate::ops::rope::{RopeTable, split_rope, split_rope_backward};
+use crate::ops::rope::{RopeTable, Turn, split_rope, split_rope_backward};
 use crate::ops::swiglu::{swiglu, swiglu_backward};
 
 /// How the rows of a batch see each other and what came before them.
 pub trait Attention {
-    /// Attention of layer `layer` for queries `q` `[T, heads, head_dim]` over keys and values
-    /// `[T, kv_heads, head_dim]` of the same rows and whatever earlier rows the implementation holds.
+    /// Attention of layer `layer` for rows of queries, keys and values, `qkv` `[T, (heads + 2 * kv_heads) * head_dim]`, which are to
+    /// be turned by `turn`, over the same rows and whatever earlier rows the implementation holds. `qkv` may be used up.
     /// The result is `[T, heads * head_dim]`.
     ///
     /// # Errors
     /// If a tensor operation fails.
-    fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
+    fn attend(&self, layer: usize, qkv: &Tensor, turn: &Turn<'_>) -> Result<Tensor>;
 }
 
-/// An attention whose gradients are known.
+/// An attention whose gradients are known. It leaves its rows as they are.
 pub trait AttentionGradient: Attention {
-    /// The gradients of queries, keys and values side by side, `[T, (heads + 2 * kv_heads) * head_dim]`, from that of the result of
-    /// [`Attention::attend`], `[T, heads * head_dim]`.
+    /// The gradients of turned queries, keys and values side by side, `[T, (heads + 2 * kv_heads) * head_dim]`, from that of the
+    /// result of [`Attention::attend`], `[T, heads * head_dim]`.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -43,6 +44,7 @@ pub struct Decoder {
     pub(super) norm: Parameter,
     table: RopeTable,
     eps: f64,
+    place: Place,
 }
 
 #[derive(Debug)]
@@ -68,9 +70,7 @@ pub(super) struct Trace {
     /// Sum of everything before the layer.
     pub(super) x: Tensor,
     normed: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     attended: Tensor,
     /// `x` and what attention added.
     pub(super) y: Tensor,
@@ -91,12 +91,14 @@ impl Decoder {
     /// If a tensor operation fails; missing tensors are told by [`Weights::finish`].
     pub fn new(config: &ModelConfig, weights: &mut Weights, device: &Device) -> Result<Self> {
         let hidden = config.hidden;
-        let embedding = take_matrix(weights, "model.embed_tokens.weight", &[config.vocab, hidden], device)?;
+        let embedding = weights.take_matrix("model.embed_tokens.weight", &[config.vocab, hidden])?;
+        let place = Place::new(device, &embedding);
+        let embedding = place.put(embedding)?;
         let layers =
-            (0..config.layers).map(|index| Layer::new(config, weights, index, device)).collect::<Result<_>>()?;
-        let norm = take(weights, "model.norm.weight", &[hidden], device)?.into();
+            (0..config.layers).map(|index| Layer::new(config, weights, index, &place)).collect::<Result<_>>()?;
+        let norm = place.put(weights.take("model.norm.weight", &[hidden])?.into())?;
         let table = RopeTable::new(config.head_dim, config.rope_theta, config.positions_max, device)?;
-        Ok(Self { embedding, layers, norm, table, eps: config.rms_eps })
+        Ok(Self { embedding, layers, norm, table, eps: config.rms_eps, place })
     }
 
     /// Rotates by `table` instead of the frequencies that follow from `rope_theta`.
@@ -108,6 +110,11 @@ impl Decoder {
     /// The embedding `[vocab, hidden]`, which a tied head shares.
     pub fn embedding(&self) -> &Parameter {
         &self.embedding
+    }
+
+    /// Where its weights lie, and the type it computes in there.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// Hidden states `[T, hidden]` after the final norm, for `tokens` `[T]` u32 at `positions` `[T]` u32.
@@ -135,13 +142,16 @@ impl Decoder {
     ) -> Result<(Trace, Tensor)> {
         let layer = &self.layers[index];
         let (x, normed) = add_norm(residual, added, &layer.attention_norm, self.eps)?;
-        let heads = [layer.heads, layer.kv_heads];
-        let [q, k, v] = split_rope(&layer.qkv.forward(&normed)?, rows.positions, &self.table, heads)?;
-        let attended = rows.attention.attend(index, &q, &k, &v)?;
+        let qkv = layer.qkv.forward(&normed)?;
+        let attended = rows.attention.attend(index, &qkv, &self.turn(layer, rows.positions))?;
         let (y, mlp_normed) = add_norm(layer.output.forward(&attended)?, Some(x.clone()), &layer.mlp_norm, self.eps)?;
         let gate_up = layer.gate_up.forward(&mlp_normed)?;
         let mlp = layer.down.forward(&swiglu(&gate_up)?)?;
-        Ok((Trace { x, normed, q, k, v, attended, y, mlp_normed, gate_up }, mlp))
+        Ok((Trace { x, normed, qkv, attended, y, mlp_normed, gate_up }, mlp))
+    }
+
+    fn turn<'a>(&'a self, layer: &Layer, positions: &'a Tensor) -> Turn<'a> {
+        Turn { positions, table: &self.table, heads: [layer.heads, layer.kv_heads] }
     }
 
     /// The sum of `residual` and `added`, and its final norm, `[T, hidden]` both.
@@ -170,8 +180,10 @@ impl Decoder {
         let d_normed = layer.gate_up.backward(&trace.mlp_normed, &d_gate_up)?;
         rms_norm_backward(&d, &trace.y, &layer.mlp_norm, self.eps, &d_normed)?;
         let d_attended = layer.output.backward(&trace.attended, &d)?;
-        let d_qkv = rows.attention.attend_backward([&trace.q, &trace.k, &trace.v], &d_attended)?;
-        split_rope_backward(&d_qkv, rows.positions, &self.table, [layer.heads, layer.kv_heads])?;
+        let turn = self.turn(layer, rows.positions);
+        let [q, k, v] = split_rope(&trace.qkv, &turn)?;
+        let d_qkv = rows.attention.attend_backward([&q, &k, &v], &d_attended)?;
+        split_rope_backward(&d_qkv, &turn)?;
         let d_normed = layer.qkv.backward(&trace.normed, &d_qkv)?;
         rms_norm_backward(&d, &trace.x, &layer.attention_norm, self.eps, &d_normed)?;
         Ok(d)
@@ -190,41 +202,30 @@ fn add_norm(residual: Tensor, added: Option<Tensor>, weight: &Parameter, eps: f6
 }
 
 impl Layer {
-    fn new(config: &ModelConfig, weights: &mut Weights, index: usize, device: &Device) -> Result<Self> {
+    fn new(config: &ModelConfig, weights: &mut Weights, index: usize, place: &Place) -> Result<Self> {
         let ModelConfig { hidden, heads, kv_heads, head_dim, intermediate, .. } = *config;
         let prefix = format!("model.layers.{index}");
-        let mut norm = |name: &str| take(weights, &format!("{prefix}.{name}.weight"), &[hidden], device);
+        let mut norm = |name: &str| place.put(weights.take(&format!("{prefix}.{name}.weight"), &[hidden])?.into());
         let (attention_norm, mlp_norm) = (norm("input_layernorm")?, norm("post_attention_layernorm")?);
-        let mut part =
-            |name: &str, shape: &[usize]| take_matrix(weights, &format!("{prefix}.{name}.weight"), shape, device);
+        let mut part = |name: &str, shape: &[usize]| weights.take_matrix(&format!("{prefix}.{name}.weight"), shape);
+        let put = |weight: Parameter| Linear::dense(place.put(weight)?);
         Ok(Self {
-            attention_norm: attention_norm.into(),
-            qkv: Linear::dense(Parameter::stack(&[
+            attention_norm,
+            qkv: put(Parameter::stack(&[
                 part("self_attn.q_proj", &[heads * head_dim, hidden])?,
                 part("self_attn.k_proj", &[kv_heads * head_dim, hidden])?,
                 part("self_attn.v_proj", &[kv_heads * head_dim, hidden])?,
             ])?)?,
-            output: Linear::dense(part("self_attn.o_proj", &[hidden, heads * head_dim])?)?,
-            mlp_norm: mlp_norm.into(),
-            gate_up: Linear::dense(Parameter::stack(&[
+            output: put(part("self_attn.o_proj", &[hidden, heads * head_dim])?)?,
+            mlp_norm,
+            gate_up: put(Parameter::stack(&[
                 part("mlp.gate_proj", &[intermediate, hidden])?,
                 part("mlp.up_proj", &[intermediate, hidden])?,
             ])?)?,
-            down: Linear::dense(part("mlp.down_proj", &[hidden, intermediate])?)?,
+            down: put(part("mlp.down_proj", &[hidden, intermediate])?)?,
             heads,
             kv_heads,
             head_dim,
         })
     }
-}
-
-/// Like [`Weights::take`], on `device` and contiguous, which stand-ins for missing tensors are not.
-pub(super) fn take(weights: &mut Weights, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
-    Ok(weights.take(name, shape)?.to_device(device)?.contiguous()?)
-}
-
-/// Like [`Weights::take_matrix`], on `device` and contiguous.
-pub(super) fn take_matrix(weights: &mut Weights, name: &str, shape: &[usize], device: &Device) -> Result<Parameter> {
-    let weight = weights.take_matrix(name, shape)?;
-    if weight.is_quantized() { Ok(weight) } else { Ok(weight.value().to_device(device)?.contiguous()?.into()) }
 }

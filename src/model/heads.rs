@@ -3,9 +3,10 @@
 use candle_core::Tensor;
 
 use super::config::{HeadKind, ModelConfig};
-use super::decoder::{Decoder, take_matrix};
+use super::decoder::Decoder;
 use super::weights::Weights;
 use crate::error::Result;
+use crate::ops::host;
 use crate::ops::linear::Linear;
 use crate::ops::logprobs::{TargetScore, target_scores, target_scores_backward};
 
@@ -28,7 +29,7 @@ pub struct LanguageHead {
 }
 
 /// Gives raw rewards `[R]`: the product of hidden state and weight, no bias, no squashing. Reward models of this kind
-/// are unbounded and tens wide.
+/// are unbounded and tens wide, so they are computed in float32 on the host whatever the decoder computes in, and wherever.
 #[derive(Debug)]
 pub struct RewardHead {
     pub(super) linear: Linear,
@@ -44,10 +45,13 @@ impl Head {
             HeadKind::Language => config.vocab,
             HeadKind::Reward => 1,
         };
-        let embedding = decoder.embedding();
-        let weight = match config.head_tensor {
-            Some(name) => take_matrix(weights, name, &[rows, config.hidden], embedding.value().device())?,
-            None => embedding.clone(),
+        let weight = match (config.head_tensor, config.head) {
+            (Some(name), HeadKind::Language) => {
+                decoder.place().put(weights.take_matrix(name, &[rows, config.hidden])?)?
+            }
+            // Stays with the host.
+            (Some(name), HeadKind::Reward) => weights.take_matrix(name, &[rows, config.hidden])?,
+            (None, _) => decoder.embedding().clone(),
         };
         let linear = Linear::dense(weight)?;
         Ok(match config.head {
@@ -115,7 +119,7 @@ impl RewardHead {
     /// # Errors
     /// If a tensor operation fails.
     pub fn apply(&self, rows: &Tensor) -> Result<Tensor> {
-        Ok(self.linear.forward(rows)?.flatten_all()?)
+        Ok(self.linear.forward(&host::tensor(rows)?)?.flatten_all()?)
     }
 
     /// The gradient of `rows` `[R, hidden]` from those of the rewards, `slopes` `[R]`; that of the weight is added to its own.

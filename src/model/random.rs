@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor};
 
 use super::config::ModelConfig;
 use crate::error::Result;
+use crate::ops::parallel::filled;
 use crate::ops::sample::uniform;
 
 /// The usual standard deviation (`initializer_range` of transformers).
@@ -41,18 +42,20 @@ impl Normal {
 
     /// The next `count` numbers, of mean 0 and standard deviation `deviation`.
     pub fn take(&mut self, count: usize, deviation: f64) -> Vec<f32> {
-        let mut values = Vec::with_capacity(count + 1);
-        while values.len() < count {
-            let radius = deviation * (-2.0 * (1.0 - self.next()).ln()).sqrt();
-            let angle = std::f64::consts::TAU * self.next();
-            values.extend([(radius * angle.cos()) as f32, (radius * angle.sin()) as f32]);
-        }
+        // Pairs that a thread draws at a time.
+        const PAIRS: usize = 2048;
+        let (seed, first) = (self.seed, self.drawn);
+        let pairs = count.div_ceil(2);
+        self.drawn += 2 * pairs as u64;
+        let mut values = filled(2 * pairs, 2 * PAIRS, |index, values: &mut [f32]| {
+            for (pair, values) in values.chunks_exact_mut(2).enumerate() {
+                let next = |nth: u64| uniform(seed, first + 2 * (index * PAIRS + pair) as u64 + nth);
+                let radius = deviation * (-2.0 * (1.0 - next(1)).ln()).sqrt();
+                let angle = std::f64::consts::TAU * next(2);
+                values.copy_from_slice(&[(radius * angle.cos()) as f32, (radius * angle.sin()) as f32]);
+            }
+        });
         values.truncate(count);
         values
-    }
-
-    fn next(&mut self) -> f64 {
-        self.drawn += 1;
-        uniform(self.seed, self.drawn)
     }
 }

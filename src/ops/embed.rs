@@ -4,12 +4,24 @@ use super::parallel::{filled, for_each};
 use super::parameter::Parameter;
 use super::quantized::Matrix;
 use super::storage::{Shared, Weights, slice, slice_mut};
+#[cfg(feature = "cuda")]
+use super::{cuda, kernels};
 use crate::error::Result;
 use candle_core::{CpuStorage, CustomOp2, InplaceOp3, Layout, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, DType};
 
 /// `ids` `[T]` u32 and `weight` `[V, d]`, quantised, f32, bf16 or f16, to `[T, d]` f32. An id of V or more is an error.
 pub fn embed(ids: &Tensor, weight: &Parameter) -> Result<Tensor> {
     Ok(ids.apply_op2_no_bwd(weight.value(), &Embed { quantized: weight.matrices().first().copied() })?)
+}
+
+/// Rows `rows` `[R]` u32 of `x` `[T, d]` to `[R, d]`, in the type of activations.
+///
+/// # Errors
+/// If there is no such row, or a tensor operation fails.
+pub fn select(x: &Tensor, rows: &Tensor) -> Result<Tensor> {
+    embed(rows, &x.clone().into())
 }
 
 /// Adds row t of `dy` `[T, d]` f32, the gradient of [`embed`]'s result, to row `ids[t]` of the gradient of a trained `weight`.
@@ -57,6 +69,26 @@ impl CustomOp2 for Embed {
             }
         };
         Ok((CpuStorage::F32(out), Shape::from((count, width))))
+    }
+
+    /// In the type of the weight. Ids are not compared with the vocabulary: they are on the device.
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        ids: &CudaStorage,
+        ids_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (count, (_, width)) = (ids_layout.shape().dims1()?, weight_layout.shape().dims2()?);
+        let (device, dtype) = (&weight.device, cuda::dtype("embed", weight)?);
+        let out = cuda::output(device, dtype, count * width)?;
+        let [ids, weight] = [
+            cuda::address("embed", ids, ids_layout, DType::U32)?,
+            cuda::address("embed", weight, weight_layout, dtype)?,
+        ];
+        cuda::launch(device, &kernels::embed(dtype, [cuda::base("embed", &out)?, ids, weight], [count, width]))?;
+        Ok((out, Shape::from((count, width))))
     }
 }
 

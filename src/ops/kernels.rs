@@ -1,5 +1,5 @@
 //! The kernels of kernels/*.cu as the host sees them: their names and parameters, and the launch of each for given shapes.
-//! A [`Launch`] is plain data: tests give it to the emulator. Nothing here talks to a driver yet.
+//! A [`Launch`] is plain data: `cuda` gives it to a driver, tests to the emulator.
 
 use candle_core::DType;
 
@@ -79,6 +79,8 @@ pub const SPLIT_LEN: usize = 256;
 const PREFILL_ROWS: usize = 64;
 /// Positions that attention on tensor cores loads together.
 const TILE: usize = 64;
+/// Largest vocabulary of [`sample`].
+pub const SAMPLE_VOCAB_MAX: usize = 1 << 19;
 /// Marks a row that fills up a batch: its slot, and its token where none could be drawn.
 pub const NONE: u32 = u32::MAX;
 
@@ -102,6 +104,30 @@ pub struct Draw {
     pub min_p: f32,
     /// 0 is off.
     pub top_k: u32,
+}
+
+impl Draw {
+    /// In the kernel's form. A row without a draw gets one that costs little.
+    pub fn of(draw: Option<&super::sample::Draw>) -> Self {
+        match draw {
+            Some(super::sample::Draw { filters, seed, counter }) => Self {
+                seed: *seed,
+                counter: *counter,
+                temperature: filters.temperature,
+                top_p: filters.top_p,
+                min_p: filters.min_p,
+                top_k: u32::try_from(filters.top_k).unwrap_or(u32::MAX),
+            },
+            None => Self { seed: 0, counter: 0, temperature: 0.0, top_p: 1.0, min_p: 0.0, top_k: 0 },
+        }
+    }
+
+    /// Its bytes as they lie in memory.
+    pub fn words(&self) -> [u32; 8] {
+        let Self { seed, counter, temperature, top_p, min_p, top_k } = *self;
+        let [temperature, top_p, min_p] = [temperature, top_p, min_p].map(f32::to_bits);
+        [seed as u32, (seed >> 32) as u32, counter as u32, (counter >> 32) as u32, temperature, top_p, min_p, top_k]
+    }
 }
 
 /// What all rows of an attention share.
@@ -199,10 +225,10 @@ pub fn combine_splits(dtype: DType, addresses: [u64; 3], [rows, splits]: [usize;
     launch.addresses(&addresses).counts(&[splits, shape.head_dim])
 }
 
-/// The tiles of [`prefill_attention`] for chunks that begin at rows `q_starts` `[S + 1]`: sequence and first row, those with the
-/// longest context first, so that no processor starts one when the others are done.
-pub fn prefill_tiles(q_starts: &[usize], contexts: &[usize], shape: &AttentionShape) -> Vec<[u32; 2]> {
-    let tokens = PREFILL_ROWS / shape.share();
+/// The tiles of [`prefill_attention`] for chunks that begin at rows `q_starts` `[S + 1]`, with `share` query heads to a key head:
+/// sequence and first row, those with the longest context first, so that no processor starts one when the others are done.
+pub fn prefill_tiles(q_starts: &[usize], contexts: &[usize], share: usize) -> Vec<[u32; 2]> {
+    let tokens = PREFILL_ROWS / share;
     let mut tiles = Vec::new();
     for (sequence, bounds) in q_starts.windows(2).enumerate() {
         let rows = (bounds[0]..bounds[1]).step_by(tokens.max(1));

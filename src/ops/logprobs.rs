@@ -6,10 +6,15 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, DType};
 
+use super::host;
 use super::lanes::{Body, Isa, Kernel, LANES, store_part, widen_part};
 use super::parallel::filled;
 use super::storage::slice;
+#[cfg(feature = "cuda")]
+use super::{cuda, kernels};
 use crate::error::{Error, Result};
 
 /// The natural logarithm of a softmax: `x[t] - max - ln(sum of exp(x[i] - max))`. The terms are f32, summed in f64 in sixteen
@@ -76,6 +81,9 @@ pub struct TargetScore {
 /// If a logit is not a number, or a target is outside the vocabulary.
 pub fn target_scores(logits: &Tensor, targets: &[u32]) -> Result<Vec<TargetScore>> {
     let rows = logits.apply_op1_no_bwd(&Score { targets })?.to_vec2::<f32>()?;
+    if let Some(row) = rows.iter().position(|row| row[0].is_nan()) {
+        return Err(Error::Internal(format!("target scores: row {row}: the logits are no distribution")));
+    }
     Ok(rows.iter().map(|row| TargetScore { logprob: row[0], entropy: row[1], correct: row[2] == 1.0 }).collect())
 }
 
@@ -86,6 +94,48 @@ pub fn target_scores(logits: &Tensor, targets: &[u32]) -> Result<Vec<TargetScore
 /// As [`target_scores`].
 pub fn target_scores_backward(logits: &Tensor, targets: &[u32], slopes: &[f32]) -> Result<Tensor> {
     Ok(logits.apply_op1_no_bwd(&ScoreGradient { targets, slopes })?)
+}
+
+/// For each row of `logits` `[R, vocab]` the log-probability of its token, on the device of the logits, which do not leave it. None for
+/// rows without a token, and for those that [`LogSoftmax`] has an error for.
+///
+/// # Errors
+/// If a tensor operation fails.
+pub fn logprobs(logits: &Tensor, tokens: &[Option<u32>]) -> Result<Vec<Option<f32>>> {
+    let vocab = logits.dim(1)?;
+    let tokens: Vec<_> = tokens.iter().map(|token| token.filter(|&token| (token as usize) < vocab)).collect();
+    if tokens.iter().all(Option::is_none) {
+        return Ok(vec![None; tokens.len()]);
+    }
+    let found = host::floats(&logits.apply_op1_no_bwd(&LogProbs { tokens: &tokens })?)?;
+    let each = found.len() / tokens.len();
+    let first = found.chunks(each).zip(&tokens).map(|(found, token)| token.map(|_| found[0]));
+    Ok(first.map(|logprob| logprob.filter(|logprob| !logprob.is_nan())).collect())
+}
+
+struct LogProbs<'a> {
+    tokens: &'a [Option<u32>],
+}
+
+impl CustomOp1 for LogProbs<'_> {
+    fn name(&self) -> &'static str {
+        "log-probabilities"
+    }
+
+    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        map_rows(self.name(), (logits, layout), self.tokens.len(), 1, |row, logits, out| {
+            let logprob = |token| LogSoftmax::new(logits).and_then(|softmax| softmax.at(token)).ok();
+            out[0] = self.tokens[row].and_then(logprob).unwrap_or(f32::NAN);
+            Ok(())
+        })
+    }
+
+    /// With two more numbers for each row.
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, logits: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let targets: Vec<u32> = self.tokens.iter().map(|token| token.unwrap_or(0)).collect();
+        Score { targets: &targets }.cuda_fwd(logits, layout)
+    }
 }
 
 struct Score<'a> {
@@ -106,6 +156,26 @@ impl CustomOp1 for Score<'_> {
             out.copy_from_slice(&[logprob, softmax.entropy() as f32, f32::from(correct)]);
             Ok(())
         })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, logits: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (rows, vocab) = layout.shape().dims2()?;
+        if let Some(target) = self.targets.iter().find(|&&target| target as usize >= vocab) {
+            candle_core::bail!("target scores: token {target} is outside the vocabulary of {vocab}");
+        }
+        if rows != self.targets.len() {
+            candle_core::bail!("target scores: {rows} rows of logits for {} targets", self.targets.len());
+        }
+        let (device, dtype) = (&logits.device, cuda::dtype(self.name(), logits)?);
+        let (out, targets) = (cuda::output(device, DType::F32, rows * 3)?, cuda::upload(device, self.targets)?);
+        let addresses = [
+            cuda::base(self.name(), &out)?,
+            cuda::address(self.name(), logits, layout, dtype)?,
+            cuda::base(self.name(), &targets)?,
+        ];
+        cuda::launch(device, &kernels::target_scores(dtype, addresses, [rows, vocab]))?;
+        Ok((out, Shape::from((rows, 3))))
     }
 }
 
@@ -319,6 +389,18 @@ mod tests {
             let expected = f64::from(logit) - total.ln();
             assert!((f64::from(log_softmax.at(token as u32).unwrap()) - expected).abs() < 2e-6);
         }
+    }
+
+    #[test]
+    fn tokens_of_rows_have_the_log_probability_of_their_row() {
+        let logits = (tensor(3, (4, 20)) * 4.0).unwrap();
+        let mut rows = logits.to_vec2::<f32>().unwrap();
+        let expected = LogSoftmax::new(&rows[0]).unwrap().at(7).unwrap();
+        rows[2][3] = f32::NAN;
+        let logits = Tensor::new(rows, logits.device()).unwrap();
+        assert_eq!(logprobs(&logits, &[Some(7), None, Some(7), Some(20)]).unwrap(), [Some(expected), None, None, None]);
+        assert_eq!(logprobs(&logits, &[None; 4]).unwrap(), [None; 4]);
+        assert!(logprobs(&logits, &[Some(1); 3]).is_err());
     }
 
     #[test]

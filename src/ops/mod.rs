@@ -6,7 +6,10 @@
 pub mod accumulate;
 pub mod adamw;
 pub mod attention;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub mod embed;
+pub mod host;
 pub mod kernels;
 pub mod kv_write;
 mod lanes;
@@ -15,6 +18,7 @@ pub mod logprobs;
 pub mod memory;
 pub mod parallel;
 pub mod parameter;
+pub mod place;
 pub mod quantized;
 pub mod rms_norm;
 pub mod rope;
@@ -28,6 +32,11 @@ use crate::error::Error;
 
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
-        Self::Internal(error.to_string())
+        let text = error.to_string();
+        // The driver's word. Others may have ended when the same is asked for again.
+        if text.contains("OUT_OF_MEMORY") {
+            return Self::Unavailable(format!("the device has no memory left: {text}"));
+        }
+        Self::Internal(text)
     }
 }

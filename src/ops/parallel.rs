@@ -70,11 +70,7 @@ pub(super) fn for_each_chunk(data: &mut [f32], len: usize, body: impl Fn(usize, 
 
 /// A vector of `total` zeros, cut into chunks of `len` elements that `body(index, chunk)` changes, as [`for_each_chunk`]. Each thread
 /// clears a chunk just before it changes it, while it is in the cache.
-pub(super) fn filled<T: Copy + Default + Send>(
-    total: usize,
-    len: usize,
-    body: impl Fn(usize, &mut [T]) + Sync,
-) -> Vec<T> {
+pub fn filled<T: Copy + Default + Send>(total: usize, len: usize, body: impl Fn(usize, &mut [T]) + Sync) -> Vec<T> {
     let len = len.max(1);
     // SAFETY: the chunks are cleared, and cover the vector.
     #[allow(unsafe_code)]

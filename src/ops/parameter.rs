@@ -76,6 +76,24 @@ impl Parameter {
         !self.matrices.is_empty()
     }
 
+    /// What a quantised weight stands for, `[out, in]` f32; another weight as it is.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub(super) fn dequantized(&self) -> Result<Tensor> {
+        if !self.is_quantized() {
+            return Ok(self.value.clone());
+        }
+        let (rows, k) = self.dims2()?;
+        let (tiles, mut numbers, mut first) = (self.value.to_vec1::<u8>()?, Vec::with_capacity(rows * k), 0);
+        for matrix in &self.matrices {
+            let end = first + matrix.tiles_bytes();
+            numbers.extend(matrix.widened(&tiles[first..end]));
+            first = end;
+        }
+        Ok(Tensor::from_vec(numbers, (rows, k), self.value.device())?)
+    }
+
     /// Of a quantised weight, the matrices whose rows follow each other; none of another.
     pub(super) fn matrices(&self) -> &[Matrix] {
         &self.matrices

@@ -4,7 +4,11 @@ use super::lanes::{Body, Isa, Kernel, LANES, widen_part};
 use super::parallel;
 use super::parameter::Parameter;
 use super::storage::{Shared, Weights, slice, slice_mut, written};
+#[cfg(feature = "cuda")]
+use super::{cuda, kernels};
 use crate::error::Result;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, InplaceOp3, Layout, Shape, Tensor};
 use std::borrow::Cow;
 
@@ -65,6 +69,27 @@ impl CustomOp2 for RmsNorm {
         });
         Ok((CpuStorage::F32(out), Shape::from((rows, width))))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (rows, width) = x_layout.shape().dims2()?;
+        check_weight(weight_layout, width)?;
+        let (device, dtype) = (&x.device, cuda::dtype("rms_norm", x)?);
+        let out = cuda::output(device, dtype, rows * width)?;
+        let addresses = [
+            cuda::base("rms_norm", &out)?,
+            cuda::address("rms_norm", x, x_layout, dtype)?,
+            cuda::address("rms_norm", weight, weight_layout, dtype)?,
+        ];
+        cuda::launch(device, &kernels::rms_norm(dtype, addresses, [rows, width], self.eps))?;
+        Ok((out, Shape::from((rows, width))))
+    }
 }
 
 /// With a residual, to `[2, T, d]`: the sums, then their normalisation.
@@ -107,14 +132,48 @@ impl CustomOp3 for RmsNorm {
         };
         Ok((CpuStorage::F32(out), Shape::from((2, rows, width))))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        residual: &CudaStorage,
+        residual_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (rows, width) = x_layout.shape().dims2()?;
+        check_weight(weight_layout, width)?;
+        if residual_layout.dims() != [rows, width] {
+            candle_core::bail!("add_rms_norm: {:?} added to {:?}", residual_layout.dims(), x_layout.dims());
+        }
+        let (device, dtype) = (&x.device, cuda::dtype("add_rms_norm", x)?);
+        let out = cuda::output(device, dtype, 2 * rows * width)?;
+        let sum = cuda::base("add_rms_norm", &out)?;
+        let addresses = [
+            sum + (rows * width * dtype.size_in_bytes()) as u64,
+            sum,
+            cuda::address("add_rms_norm", x, x_layout, dtype)?,
+            cuda::address("add_rms_norm", residual, residual_layout, dtype)?,
+            cuda::address("add_rms_norm", weight, weight_layout, dtype)?,
+        ];
+        cuda::launch(device, &kernels::add_rms_norm(dtype, addresses, [rows, width], self.eps))?;
+        Ok((out, Shape::from((2, rows, width))))
+    }
 }
 
 /// The weight as f32; fails where it does not fit rows of `width` numbers.
 fn widened<'a>(weight: &'a CpuStorage, layout: &Layout, width: usize) -> candle_core::Result<Cow<'a, [f32]>> {
+    check_weight(layout, width)?;
+    Ok(Weights::new("rms_norm", weight, layout)?.widened())
+}
+
+fn check_weight(layout: &Layout, width: usize) -> candle_core::Result<()> {
     if layout.dims() != [width] {
         candle_core::bail!("rms_norm: the weight is {:?}, the rows have {width} numbers", layout.dims());
     }
-    Ok(Weights::new("rms_norm", weight, layout)?.widened())
+    Ok(())
 }
 
 /// Whole rows, one after the other.

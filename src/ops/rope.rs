@@ -41,15 +41,32 @@ impl RopeTable {
         });
         Ok(Self { table: Tensor::from_vec(table, (positions_max, head_dim), device)? })
     }
+
+    /// `[positions, head_dim]` f32.
+    #[cfg(feature = "cuda")]
+    pub(super) fn tensor(&self) -> &Tensor {
+        &self.table
+    }
+}
+
+/// How rows are turned.
+#[derive(Debug, Clone, Copy)]
+pub struct Turn<'a> {
+    /// `[T]` u32: of each row in its sequence.
+    pub positions: &'a Tensor,
+    /// The angles of every position.
+    pub table: &'a RopeTable,
+    /// Query heads and key heads of a row.
+    pub heads: [usize; 2],
 }
 
 /// Rows of queries, keys and values as one projection gives them, `qkv` `[T, (heads + 2 * kv_heads) * head_dim]` f32, to queries
-/// `[T, heads, head_dim]`, keys and values `[T, kv_heads, head_dim]`; every head of the first two is rotated by its row's position,
-/// `positions` `[T]` u32. A position outside of the table is an error.
-pub fn split_rope(qkv: &Tensor, positions: &Tensor, table: &RopeTable, heads: [usize; 2]) -> Result<[Tensor; 3]> {
-    let [heads, kv_heads] = heads;
-    let all = qkv.apply_op3_no_bwd(positions, &table.table, &Split { heads, kv_heads })?;
-    let (rows, head_dim) = (qkv.dim(0)?, table.table.dim(1)?);
+/// `[T, heads, head_dim]`, keys and values `[T, kv_heads, head_dim]`; every head of the first two is rotated by its row's position.
+/// A position outside of the table is an error.
+pub fn split_rope(qkv: &Tensor, turn: &Turn<'_>) -> Result<[Tensor; 3]> {
+    let Turn { positions, table: RopeTable { table }, heads: [heads, kv_heads] } = *turn;
+    let all = qkv.apply_op3_no_bwd(positions, table, &Split { heads, kv_heads })?;
+    let (rows, head_dim) = (qkv.dim(0)?, table.dim(1)?);
     let part = |first: usize, count: usize| -> Result<Tensor> {
         let numbers = all.narrow(0, rows * first * head_dim, rows * count * head_dim)?;
         Ok(numbers.reshape((rows, count, head_dim))?)
@@ -59,9 +76,9 @@ pub fn split_rope(qkv: &Tensor, positions: &Tensor, table: &RopeTable, heads: [u
 
 /// The gradient of the rows that [`split_rope`] took, from those of what it gave side by side, `d` `[T, (heads + 2 * kv_heads) *
 /// head_dim]` f32 both: the rotation back, in place.
-pub fn split_rope_backward(d: &Tensor, positions: &Tensor, table: &RopeTable, heads: [usize; 2]) -> Result<()> {
-    let [heads, kv_heads] = heads;
-    Ok(d.inplace_op3(positions, &table.table, &TurnBack { heads, kv_heads })?)
+pub fn split_rope_backward(d: &Tensor, turn: &Turn<'_>) -> Result<()> {
+    let Turn { positions, table: RopeTable { table }, heads: [heads, kv_heads] } = *turn;
+    Ok(d.inplace_op3(positions, table, &TurnBack { heads, kv_heads })?)
 }
 
 /// Rows that a thread takes at a time.
@@ -220,17 +237,18 @@ mod tests {
 
     /// Queries and keys of one head each, and values.
     fn rotated(x: &Tensor, positions: &[u32], table: &RopeTable) -> Result<[Tensor; 3]> {
-        split_rope(x, &Tensor::new(positions, &Device::Cpu).unwrap(), table, [1, 1])
+        split_rope(x, &Turn { positions: &Tensor::new(positions, &Device::Cpu).unwrap(), table, heads: [1, 1] })
     }
 
     #[test]
     fn the_gradient_turns_back() {
         let (x, table) = (tensor(1, (9, 5 * 16)), RopeTable::new(16, 1e4, 100, &Device::Cpu).unwrap());
         let positions = Tensor::new(&[0u32, 7, 99, 3, 50, 1, 2, 3, 98], &Device::Cpu).unwrap();
-        let parts = split_rope(&x, &positions, &table, [3, 1]).unwrap();
+        let turn = Turn { positions: &positions, table: &table, heads: [3, 1] };
+        let parts = split_rope(&x, &turn).unwrap();
         let parts: Vec<Tensor> = parts.iter().map(|part| part.flatten_from(1).unwrap()).collect();
         let there = Tensor::cat(&parts, 1).unwrap();
-        split_rope_backward(&there, &positions, &table, [3, 1]).unwrap();
+        split_rope_backward(&there, &turn).unwrap();
         let expected: Vec<f64> = floats(&x).into_iter().map(f64::from).collect();
         check_close("there and back", &floats(&there), &expected, 1e-6);
     }
@@ -243,7 +261,7 @@ mod tests {
         let x = tensor(1, (positions.len(), width));
         let table = RopeTable::new(head_dim, theta, 100, &Device::Cpu).unwrap();
         let ids = Tensor::new(&positions[..], &Device::Cpu).unwrap();
-        let [q, k, v] = split_rope(&x, &ids, &table, [heads, kv_heads]).unwrap();
+        let [q, k, v] = split_rope(&x, &Turn { positions: &ids, table: &table, heads: [heads, kv_heads] }).unwrap();
         assert_eq!((q.dims(), k.dims(), v.dims()), (&[11, 3, 20][..], &[11, 2, 20][..], &[11, 2, 20][..]));
         let x = floats(&x);
         let turned = |row: usize, column: usize| {
@@ -281,6 +299,6 @@ mod tests {
         assert!(rotated(&tensor(1, (1, 18)), &[1], &table).is_err());
         assert!(rotated(&tensor(1, (24, 2)).t().unwrap(), &[1, 1], &table).is_err());
         let positions = Tensor::new(&[4u32], &Device::Cpu).unwrap();
-        assert!(split_rope_backward(&x, &positions, &table, [1, 1]).is_err());
+        assert!(split_rope_backward(&x, &Turn { positions: &positions, table: &table, heads: [1, 1] }).is_err());
     }
 }

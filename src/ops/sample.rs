@@ -1,8 +1,16 @@
-//! Draws one token from one row of logits: temperature, top-k, top-p, min-p, then one uniform number.
+//! Draws tokens from rows of logits: temperature, top-k, top-p, min-p, then one uniform number for each row.
 //! Pure: the randomness is a function of a key and a counter, so a token never depends on what ran beside it.
 
+#[cfg(feature = "cuda")]
+use super::cuda;
+use super::kernels;
 use super::logprobs::{argmax, best, better};
+use super::parallel::filled;
+use super::storage::slice;
 use crate::error::{Error, Result};
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, DType};
 
 /// Which tokens stay possible, and how sharply they differ. Applied in the order of the fields.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -55,6 +63,82 @@ pub fn pick(logits: &[f32], filters: &Filters, uniform: f64) -> Result<u32> {
     // The most probable token has weight 1.
     kept.retain(|candidate| candidate.weight >= f64::from(filters.min_p));
     Ok(invert(&kept, uniform).unwrap_or(first))
+}
+
+/// How one row is drawn from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// What stays possible.
+    pub filters: Filters,
+    /// With `counter`, the arguments of [`uniform`].
+    pub seed: u64,
+    /// See `seed`.
+    pub counter: u64,
+}
+
+/// For each row of `logits` `[R, vocab]` the token that [`pick`] draws, on the device of the logits, which do not leave it. None for
+/// rows without a draw, and for those that [`pick`] has an error for.
+///
+/// # Errors
+/// If a tensor operation fails.
+pub fn draw(logits: &Tensor, draws: &[Option<Draw>]) -> Result<Vec<Option<u32>>> {
+    let vocab = logits.dim(1)?;
+    let possible = logits.device().is_cpu() || vocab <= kernels::SAMPLE_VOCAB_MAX;
+    let draws: Vec<Option<Draw>> =
+        draws.iter().map(|draw| draw.filter(|draw| possible && draw.filters.check().is_ok())).collect();
+    if draws.iter().all(Option::is_none) {
+        return Ok(vec![None; draws.len()]);
+    }
+    let tokens: Vec<u32> = logits.apply_op1_no_bwd(&Draws { draws: &draws })?.to_vec1()?;
+    let found = tokens.into_iter().zip(&draws);
+    Ok(found.map(|(token, draw)| draw.and((token != kernels::NONE).then_some(token))).collect())
+}
+
+struct Draws<'a> {
+    draws: &'a [Option<Draw>],
+}
+
+impl CustomOp1 for Draws<'_> {
+    fn name(&self) -> &'static str {
+        "sample"
+    }
+
+    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (rows, vocab) = self.shape(layout)?;
+        let logits: &[f32] = slice(self.name(), logits, layout)?;
+        let tokens = filled(rows, 1, |row, out| {
+            let draw = |draw: Draw| {
+                pick(&logits[row * vocab..][..vocab], &draw.filters, uniform(draw.seed, draw.counter)).ok()
+            };
+            out[0] = self.draws[row].and_then(draw).unwrap_or(kernels::NONE);
+        });
+        Ok((CpuStorage::U32(tokens), Shape::from(rows)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, logits: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (rows, vocab) = self.shape(layout)?;
+        let (device, dtype) = (&logits.device, cuda::dtype(self.name(), logits)?);
+        let words: Vec<u32> = self.draws.iter().flat_map(|draw| kernels::Draw::of(draw.as_ref()).words()).collect();
+        let (out, draws) = (cuda::output(device, DType::U32, rows)?, cuda::upload(device, &words)?);
+        let addresses = [
+            cuda::base(self.name(), &out)?,
+            cuda::address(self.name(), logits, layout, dtype)?,
+            cuda::base(self.name(), &draws)?,
+        ];
+        cuda::launch(device, &kernels::sample(dtype, addresses, [rows, vocab]))?;
+        Ok((out, Shape::from(rows)))
+    }
+}
+
+impl Draws<'_> {
+    fn shape(&self, layout: &Layout) -> candle_core::Result<(usize, usize)> {
+        let (rows, vocab) = layout.shape().dims2()?;
+        if rows != self.draws.len() {
+            candle_core::bail!("sample: {rows} rows of logits for {} draws", self.draws.len());
+        }
+        Ok((rows, vocab))
+    }
 }
 
 impl Filters {
@@ -281,6 +365,22 @@ mod tests {
         let logits = [NEVER, 0.3, 0.1, 0.2, NEVER];
         assert_eq!(pick(&logits, &PLAIN, 0.0).unwrap(), 1);
         assert_eq!(pick(&logits, &PLAIN, 1.0 - f64::EPSILON / 2.0).unwrap(), 3);
+    }
+
+    #[test]
+    fn rows_are_drawn_as_one_by_one_and_others_left_alone() {
+        let logits: Vec<f32> = (0..4 * 50).map(|i| (i * i % 37) as f32 * 0.25).collect();
+        let mut rows = logits.clone();
+        rows[3 * 50] = f32::NAN;
+        let draw = |counter, top_p| Draw { filters: Filters { top_p, ..PLAIN }, seed: 7, counter };
+        let draws = [Some(draw(3, 1.0)), None, Some(draw(4, 0.5)), Some(draw(5, 1.0))];
+        let tensor = Tensor::from_vec(rows, (4, 50), &candle_core::Device::Cpu).unwrap();
+        let expected = |row: usize, counter, top_p| {
+            pick(&logits[row * 50..][..50], &draw(0, top_p).filters, uniform(7, counter)).ok()
+        };
+        assert_eq!(super::draw(&tensor, &draws).unwrap(), [expected(0, 3, 1.0), None, expected(2, 4, 0.5), None]);
+        assert_eq!(super::draw(&tensor, &[None, None, None, Some(draw(1, 1.5))]).unwrap(), [None; 4]);
+        assert!(super::draw(&tensor, &draws[..3]).is_err());
     }
 
     #[test]

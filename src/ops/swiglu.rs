@@ -3,7 +3,11 @@
 use super::lanes::{Body, Isa, Kernel, LANES, store_part, widen_part};
 use super::parallel::filled;
 use super::storage::slice;
+#[cfg(feature = "cuda")]
+use super::{cuda, kernels};
 use crate::error::Result;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
 
 /// `gate_up` `[T, 2 * inter]` f32, the gate in the first half of each row, to silu(gate) * up `[T, inter]`.
@@ -39,6 +43,16 @@ impl CustomOp1 for Swiglu {
             self.body.run(Row { gate, up, out });
         });
         Ok((CpuStorage::F32(out), Shape::from((rows, width))))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, gate_up: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (rows, double) = layout.shape().dims2()?;
+        let (device, dtype, width) = (&gate_up.device, cuda::dtype("swiglu", gate_up)?, double / 2);
+        let out = cuda::output(device, dtype, rows * width)?;
+        let addresses = [cuda::base("swiglu", &out)?, cuda::address("swiglu", gate_up, layout, dtype)?];
+        cuda::launch(device, &kernels::swiglu(dtype, addresses, [rows, width]))?;
+        Ok((out, Shape::from((rows, width))))
     }
 }
 

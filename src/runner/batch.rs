@@ -4,8 +4,10 @@
 use super::kv_cache::KvCache;
 use crate::engine::step::{Chunk, Rows, StepPlan, Want};
 use crate::error::{Error, Result};
+use crate::model::Model;
 use crate::model::config::ModelConfig;
 use crate::ops::attention::PagedBatch;
+use crate::ops::attention::inputs::{Inputs, Integers};
 
 /// What the cache and the model allow a plan to name.
 #[derive(Debug, Clone, Copy)]
@@ -89,6 +91,16 @@ impl ForwardBatch {
             batch.push(index, chunk, bounds.block_size);
         }
         Ok(batch)
+    }
+
+    /// The batch where `model` reads it. `rows` are those that are read.
+    ///
+    /// # Errors
+    /// If there is no memory left.
+    pub fn inputs<'a>(&'a self, rows: &'a [u32], model: &Model) -> Result<Inputs<'a>> {
+        let Self { tokens, positions, slots, paged, .. } = self;
+        let heads = [model.config.heads, model.config.kv_heads];
+        Inputs::new(Integers { tokens, positions, slots, reads: rows, paged }, heads, model.decoder.place().device())
     }
 
     fn push(&mut self, index: usize, chunk: &Chunk, block_size: usize) {

@@ -1,14 +1,14 @@
 //! The memory that keys and values live in, and the attention that reads it through block tables.
 //! Which block belongs to whom is the engine's business.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
-use super::batch::ForwardBatch;
 use crate::error::Result;
-use crate::model::config::ModelConfig;
+use crate::model::Model;
 use crate::model::decoder::Attention;
-use crate::ops::attention::paged_attention;
-use crate::ops::kv_write::kv_write;
+use crate::ops::attention::inputs::Inputs;
+use crate::ops::attention::step::step_attention;
+use crate::ops::rope::Turn;
 
 /// Keys and values of every layer, in blocks of consecutive slots.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub struct KvCache {
     scale: f32,
 }
 
-/// `[blocks, kv_heads, block_size, head_dim]` f32 each.
+/// `[blocks, kv_heads, block_size, head_dim]` each, in the type that the model computes in.
 #[derive(Debug)]
 struct LayerCache {
     keys: Tensor,
@@ -27,13 +27,14 @@ struct LayerCache {
 }
 
 impl KvCache {
-    /// An empty cache of `block_count` blocks of `block_size` slots for the model that `config` describes.
+    /// An empty cache of `block_count` blocks of `block_size` slots for `model`, on its device.
     ///
     /// # Errors
     /// If the memory cannot be had.
-    pub fn new(config: &ModelConfig, block_count: usize, block_size: usize, device: &Device) -> Result<Self> {
+    pub fn new(model: &Model, block_count: usize, block_size: usize) -> Result<Self> {
+        let (config, place) = (&model.config, model.decoder.place());
         let shape = (block_count, config.kv_heads, block_size, config.head_dim);
-        let zeros = || Tensor::zeros(shape, DType::F32, device);
+        let zeros = || Tensor::zeros(shape, place.dtype(), place.device());
         let layers = (0..config.layers)
             .map(|_| Ok(LayerCache { keys: zeros()?, values: zeros()? }))
             .collect::<Result<Vec<_>>>()?;
@@ -63,14 +64,12 @@ pub struct Paged<'a> {
     /// Where keys and values go.
     pub cache: &'a KvCache,
     /// Which slots are written and which are seen.
-    pub batch: &'a ForwardBatch,
+    pub inputs: &'a Inputs<'a>,
 }
 
 impl Attention for Paged<'_> {
-    fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    fn attend(&self, layer: usize, qkv: &Tensor, turn: &Turn<'_>) -> Result<Tensor> {
         let LayerCache { keys, values } = &self.cache.layers[layer];
-        kv_write(keys, k, &self.batch.slots)?;
-        kv_write(values, v, &self.batch.slots)?;
-        paged_attention(q, keys, values, &self.batch.paged, self.cache.scale)
+        step_attention(qkv, turn, [keys, values], self.inputs, self.cache.scale)
     }
 }

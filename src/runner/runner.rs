@@ -3,7 +3,7 @@
 
 use std::sync::OnceLock;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::batch::{Bounds, ForwardBatch, Read};
 use super::kv_cache::{KvCache, Paged};
@@ -13,7 +13,10 @@ use crate::engine::step::{Chunk, Executor, Last, Outcome, Rows, StepOutput, Step
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::heads::{Head, LanguageHead, RewardHead};
-use crate::ops::parallel;
+use crate::ops::attention::inputs::Inputs;
+use crate::ops::embed::select;
+use crate::ops::logprobs::logprobs;
+use crate::ops::{host, parallel, sample};
 
 /// Rows the head is applied to at once: for a vocabulary of 32,000 their logits are 32 MB, however long the prompt
 /// whose log-probabilities are asked for.
@@ -24,14 +27,12 @@ const HEAD_ROWS_MAX: usize = 256;
 pub struct Runner {
     model: Model,
     cache: KvCache,
-    device: Device,
 }
 
 impl Runner {
     /// Runs `model` over `cache`; both live on one device.
     pub fn new(model: Model, cache: KvCache) -> Self {
-        let device = model.decoder.embedding().value().device().clone();
-        Self { model, cache, device }
+        Self { model, cache }
     }
 
     /// The model.
@@ -45,10 +46,12 @@ impl Runner {
     }
 
     /// Hidden states `[T, hidden]` of all rows.
-    fn forward(&self, batch: &ForwardBatch) -> Result<Tensor> {
-        let tokens = Tensor::new(batch.tokens.as_slice(), &self.device)?;
-        let positions = Tensor::new(batch.positions.as_slice(), &self.device)?;
-        self.model.decoder.forward(&tokens, &positions, &Paged { cache: &self.cache, batch })
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn forward(&self, inputs: &Inputs<'_>) -> Result<Tensor> {
+        let paged = Paged { cache: &self.cache, inputs };
+        self.model.decoder.forward(&inputs.tokens, &inputs.positions, &paged)
     }
 }
 
@@ -58,11 +61,15 @@ impl Executor for Runner {
             return Ok(StepOutput::default());
         }
         let batch = ForwardBatch::new(plan, &Bounds::new(&self.model.config, &self.cache))?;
-        let hidden = self.forward(&batch)?;
+        let read_rows: Vec<u32> = batch.reads.iter().map(|read| read.row as u32).collect();
+        let inputs = batch.inputs(&read_rows, &self.model)?;
+        let hidden = self.forward(&inputs)?;
         let mut output = StepOutput { outcomes: plan.chunks.iter().map(|_| nothing()).collect() };
-        for reads in batch.reads.chunks(HEAD_ROWS_MAX) {
-            let rows: Vec<u32> = reads.iter().map(|read| read.row as u32).collect();
-            let rows = hidden.index_select(&Tensor::new(rows, &self.device)?, 0)?;
+        for (index, reads) in batch.reads.chunks(HEAD_ROWS_MAX).enumerate() {
+            let rows = match reads.len() == batch.tokens.len() {
+                true => hidden.clone(),
+                false => select(&hidden, &inputs.reads.narrow(0, index * HEAD_ROWS_MAX, reads.len())?)?,
+            };
             let found = match &self.model.head {
                 Head::Language(head) => read_logits(head, &rows, reads, plan)?,
                 Head::Reward(head) => read_rewards(head, &rows, reads, plan)?,
@@ -110,20 +117,59 @@ fn record(outcome: &mut Outcome, found: Result<Found>) {
     outcome.last = last;
 }
 
-/// Applies the head to `rows` `[R, hidden]` and reads each row for its chunk.
+/// Applies the head to `rows` `[R, hidden]` and reads each row for its chunk. Where a token and its log-probability are all that is
+/// read, they are found where the logits are; logits of other rows come to the host.
 fn read_logits(head: &LanguageHead, rows: &Tensor, reads: &[Read], plan: &StepPlan) -> Result<Vec<Result<Found>>> {
     let logits = head.apply(rows)?;
-    let (count, vocab) = logits.dims2()?;
-    let logits = logits.flatten_all()?.to_vec1::<f32>()?;
+    let vocab = logits.dim(1)?;
+    let found = read_in_place(&logits, reads, plan)?;
+    let left: Vec<usize> = (0..reads.len()).filter(|&index| found[index].is_none()).collect();
+    let numbers = match left.len() {
+        0 => Vec::new(),
+        count if count == reads.len() => host::floats(&logits)?,
+        count => {
+            let left = left.iter().map(|&index| index as u32).collect();
+            host::floats(&select(&logits, &Tensor::from_vec(left, count, logits.device())?)?)?
+        }
+    };
+    let found: Vec<OnceLock<Result<Found>>> =
+        found.into_iter().map(|found| found.map(Ok).map_or_else(OnceLock::new, OnceLock::from)).collect();
     // A row takes as long as a small matrix product once the vocabulary is large.
-    let found: Vec<OnceLock<Result<Found>>> = (0..count).map(|_| OnceLock::new()).collect();
-    parallel::for_each(count, |index| {
-        let row = &logits[index * vocab..(index + 1) * vocab];
-        let read = &reads[index];
-        let _ = found[index].set(read_tokens(row, read, &plan.chunks[read.chunk]));
+    parallel::for_each(left.len(), |index| {
+        let (row, read) = (&numbers[index * vocab..(index + 1) * vocab], &reads[left[index]]);
+        let _ = found[left[index]].set(read_tokens(row, read, &plan.chunks[read.chunk]));
     });
     let missing = || Err(Error::internal("a row of logits was not read"));
     Ok(found.into_iter().map(|cell| cell.into_inner().unwrap_or_else(missing)).collect())
+}
+
+/// What can be read off `logits` `[R, vocab]` without them; None for rows that need more, or that there is an error for.
+fn read_in_place(logits: &Tensor, reads: &[Read], plan: &StepPlan) -> Result<Vec<Option<Found>>> {
+    let chunk = |read: &Read| &plan.chunks[read.chunk];
+    let draw = |read: &Read| match (&chunk(read).want, read.each) {
+        (Want::Token(draw), None) if read.last => Some(draw),
+        _ => None,
+    };
+    let draws: Vec<_> = reads.iter().map(|read| draw(read).and_then(sampler::plain)).collect();
+    let drawn = sample::draw(logits, &draws)?;
+    let named = |(read, drawn): (&Read, &Option<u32>)| match (&chunk(read).rows, read.each, drawn) {
+        (_, _, Some(token)) => draw(read)?.params.logprobs.map(|_| *token),
+        (Rows::LogProbs { targets, top: 0 }, Some(index), None) if !read.last => Some(targets[index]),
+        _ => None,
+    };
+    let named: Vec<_> = reads.iter().zip(&drawn).map(named).collect();
+    let logprobs = logprobs(logits, &named)?;
+    let found = (0..reads.len()).map(|index| {
+        let entry = named[index].zip(logprobs[index]);
+        let entry = entry.map(|(token, logprob)| TokenLogProb { token, logprob, top: Vec::new() });
+        match (drawn[index], named[index], entry) {
+            (Some(token), None, _) => Some(Found::Tokens(None, Last::Token(token, None))),
+            (Some(token), _, Some(entry)) => Some(Found::Tokens(None, Last::Token(token, Some(entry)))),
+            (None, _, Some(entry)) => Some(Found::Tokens(Some(entry), Last::Nothing)),
+            (_, _, None) => None,
+        }
+    });
+    Ok(found.collect())
 }
 
 fn read_tokens(row: &[f32], read: &Read, chunk: &Chunk) -> Result<Found> {
@@ -169,6 +215,8 @@ mod tests {
     use std::collections::HashMap;
     use std::sync::Arc;
 
+    use candle_core::Device;
+
     use super::*;
     use crate::engine::request::SamplingParams;
     use crate::engine::step::{BlockId, Draw, SequenceId};
@@ -206,8 +254,8 @@ mod tests {
             })
             .collect();
         let model = Model::load(config, Weights::new(tensors), &Device::Cpu).unwrap();
-        let cache = KvCache::new(&model.config, 100, 8, &Device::Cpu).unwrap();
-        assert_eq!(cache.bytes() as u64, 800 * model.config.kv_bytes_per_token());
+        let cache = KvCache::new(&model, 100, 8).unwrap();
+        assert_eq!(cache.bytes() as u64, 800 * model.config.kv_bytes_per_token(4));
         Runner::new(model, cache)
     }
 

@@ -8,7 +8,24 @@ use crate::engine::request::{SamplingParams, TokenId, TokenLogProb};
 use crate::engine::step::Draw;
 use crate::error::{Error, Result};
 use crate::ops::logprobs::LogSoftmax;
-use crate::ops::sample::{Filters, pick, uniform};
+use crate::ops::sample::{self, Filters, pick, uniform};
+
+/// The same draw for `ops::sample::draw`, if the row of logits is drawn from as it is, and needed for nothing else than the
+/// log-probability of the drawn token.
+pub(super) fn plain(draw: &Draw) -> Option<sample::Draw> {
+    let params = draw.params.as_ref();
+    let masked = draw.generated_count < params.min_tokens && !params.stop_token_ids.is_empty();
+    let changed = masked || !params.logit_bias.is_empty() || params.needs_history();
+    (!changed && params.logprobs.unwrap_or(0) == 0).then(|| sample::Draw {
+        filters: filters(params),
+        seed: params.seed,
+        counter: draw.position as u64,
+    })
+}
+
+fn filters(params: &SamplingParams) -> Filters {
+    Filters { temperature: params.temperature, top_k: params.top_k, top_p: params.top_p, min_p: params.min_p }
+}
 
 /// The next token for `logits` `[vocab]`, and its log-probability if the parameters ask for it.
 ///
@@ -16,9 +33,7 @@ use crate::ops::sample::{Filters, pick, uniform};
 /// [`Error::Internal`] if the logits are no distribution; [`Error::Invalid`] if a parameter is out of range.
 pub(super) fn draw(logits: &[f32], draw: &Draw) -> Result<(TokenId, Option<TokenLogProb>)> {
     let params = draw.params.as_ref();
-    let filters =
-        Filters { temperature: params.temperature, top_k: params.top_k, top_p: params.top_p, min_p: params.min_p };
-    let token = pick(&adjusted(logits, draw)?, &filters, uniform(params.seed, draw.position as u64))?;
+    let token = pick(&adjusted(logits, draw)?, &filters(params), uniform(params.seed, draw.position as u64))?;
     let logprob = params.logprobs.map(|top| logprob(logits, token, top)).transpose()?;
     Ok((token, logprob))
 }
@@ -133,6 +148,35 @@ mod tests {
         check(&[4.0, -4.0, 1.0, 3.0], &drawing(params, 2, &history, 3), &[4.0, -4.0, 0.0, 3.0]);
         let params = SamplingParams { repetition_penalty: 2.0, frequency_penalty: 0.25, ..SamplingParams::default() };
         check(&[4.0, -4.0, 1.0, 3.0], &drawing(params, 2, &history, 3), &[2.0, -8.0, 0.0, 1.5]);
+    }
+
+    #[test]
+    fn a_plain_draw_is_the_same_draw() {
+        let params = SamplingParams {
+            temperature: 0.8,
+            top_k: 7,
+            top_p: 0.9,
+            min_p: 0.01,
+            seed: 5,
+            stop_token_ids: vec![1],
+            ..SamplingParams::default()
+        };
+        let logits: Vec<f32> = (0..50).map(|i| (i * i % 37) as f32 * 0.25).collect();
+        let row = candle_core::Tensor::from_slice(&logits, (1, 50), &candle_core::Device::Cpu).unwrap();
+        for position in 0..20 {
+            let drawn = Draw { position, ..drawing(params.clone(), 0, &[], 0) };
+            let plain = plain(&drawn).unwrap();
+            assert_eq!(sample::draw(&row, &[Some(plain)]).unwrap(), [Some(draw(&logits, &drawn).unwrap().0)]);
+        }
+        let not = |change: &dyn Fn(&mut SamplingParams)| {
+            let mut params = params.clone();
+            change(&mut params);
+            assert!(plain(&drawing(params, 0, &[], 0)).is_none());
+        };
+        not(&|params| params.logit_bias = vec![(1, 1.0)]);
+        not(&|params| params.min_tokens = 1);
+        not(&|params| params.presence_penalty = 0.5);
+        not(&|params| params.logprobs = Some(1));
     }
 
     #[test]

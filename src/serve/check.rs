@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use super::{load, memory::MemoryPlan};
+use super::load;
+use super::memory::{Memory, Needs};
 use crate::{
     checkpoint::{Checkpoint, Rounding},
     config::{Config, NONE},
@@ -13,31 +14,40 @@ use crate::{
 
 /// A report for people, and an error that tells every problem where there is one.
 pub fn check(config: &Config) -> (String, Result<()>) {
-    let (mut report, mut problems) = (String::new(), Vec::new());
-    // The second model has what the first one leaves.
-    let mut available = device::memory_available();
+    let device = match device::open(config.device) {
+        Ok(device) => device,
+        Err(error) => return (String::new(), Err(error)),
+    };
+    let mut report = format!("device        {}\n", device::describe(&device));
+    let (mut checkpoints, mut problems) = (Vec::new(), Vec::new());
     for (kind, source) in [(Kind::Policy, &config.model), (Kind::Reward, &config.reward_model)] {
         if source == NONE {
             continue;
         }
         match load::open(kind, config) {
             Err(error) => problems.push(format!("{source}: {error}")),
-            Ok(checkpoint) => {
-                let mut note = |outcome: Result<()>| {
-                    if let Err(error) = outcome {
-                        problems.push(format!("{source}: {error}"));
-                    }
-                };
-                note(load::check_kind(kind, &checkpoint));
-                note(checkpoint.check_tensors());
-                let rounding = load::rounding(kind, config);
-                if rounding.is_some() {
-                    note(checkpoint.check_roundable());
-                }
-                note(checkpoint.tokenizer().map(drop));
-                note(describe(&checkpoint, rounding, config, &mut available, &mut report));
-            }
+            Ok(checkpoint) => checkpoints.push((kind, source, checkpoint)),
         }
+    }
+    let needs = checkpoints.iter().map(|(kind, _, checkpoint)| {
+        let rounding = load::rounding(*kind, config);
+        Needs::new(checkpoint, rounding, &device, &config.engine)
+    });
+    let mut memory = Memory::new(&device, needs);
+    for (kind, source, checkpoint) in &checkpoints {
+        let mut note = |outcome: Result<()>| {
+            if let Err(error) = outcome {
+                problems.push(format!("{source}: {error}"));
+            }
+        };
+        note(load::check_kind(*kind, checkpoint));
+        note(checkpoint.check_tensors());
+        let rounding = load::rounding(*kind, config);
+        if rounding.is_some() {
+            note(checkpoint.check_roundable());
+        }
+        note(checkpoint.tokenizer().map(drop));
+        note(describe(checkpoint, rounding, config, &mut memory, &mut report));
     }
     let outcome = match problems.is_empty() {
         true => Ok(()),
@@ -46,17 +56,17 @@ pub fn check(config: &Config) -> (String, Result<()>) {
     (report, outcome)
 }
 
-/// Adds a paragraph on `checkpoint` to `report` and takes what it needs from `available`.
+/// Adds a paragraph on `checkpoint`, the next to be planned in `memory`, to `report`.
 fn describe(
     checkpoint: &Checkpoint,
     rounding: Option<Rounding>,
     config: &Config,
-    available: &mut Option<u64>,
+    memory: &mut Memory,
     report: &mut String,
 ) -> Result<()> {
     let headers = checkpoint.headers();
-    let bytes = checkpoint.weight_bytes(rounding);
     let model = &checkpoint.config;
+    let plan = memory.plan(model, &config.engine);
     // Writing to a String cannot fail.
     let _ = writeln!(report, "{}", checkpoint.name);
     let _ = writeln!(
@@ -76,8 +86,6 @@ fn describe(
     }
     let template = checkpoint.chat_template()?;
     let _ = writeln!(report, "  template    {}", template.name());
-    let plan = MemoryPlan::new(model, bytes, &config.engine, *available)?;
-    let _ = writeln!(report, "  memory      {plan}");
-    *available = available.map(|free| free.saturating_sub(bytes + plan.cache_bytes()));
+    let _ = writeln!(report, "  memory      {}", plan?);
     Ok(())
 }

@@ -23,13 +23,35 @@ use crate::{
     text::Tokenizer,
 };
 
-/// The policy or the reward model of `config`, running.
+/// A model that is about to be loaded.
+pub(super) struct Opened {
+    pub(super) kind: Kind,
+    pub(super) checkpoint: Checkpoint,
+    /// What its matrices are rounded to while they are loaded.
+    pub(super) rounding: Option<Rounding>,
+}
+
+/// The checkpoint of the policy or the reward model of `config`, which is of that kind.
 ///
 /// # Errors
-/// A checkpoint that cannot be had, is damaged, of the wrong kind, or does not fit into memory.
-pub(super) fn load(kind: Kind, config: &Config, metrics: &Metrics) -> Result<(ServedModel, JoinHandle<()>)> {
+/// A checkpoint that cannot be had, is damaged or of the wrong kind.
+pub(super) fn opened(kind: Kind, config: &Config, metrics: &Metrics) -> Result<Opened> {
     let checkpoint = timed(metrics, "open", || open(kind, config))?;
     check_kind(kind, &checkpoint)?;
+    Ok(Opened { kind, checkpoint, rounding: rounding(kind, config) })
+}
+
+/// A model of `config`, running on `device` as planned.
+///
+/// # Errors
+/// A checkpoint that is damaged or does not fit into memory.
+pub(super) fn load(
+    Opened { kind, checkpoint, rounding }: Opened,
+    plan: &MemoryPlan,
+    device: &Device,
+    config: &Config,
+    metrics: &Metrics,
+) -> Result<(ServedModel, JoinHandle<()>)> {
     let name = match kind {
         Kind::Policy => &config.model_name,
         Kind::Reward => &config.reward_model_name,
@@ -38,9 +60,6 @@ pub(super) fn load(kind: Kind, config: &Config, metrics: &Metrics) -> Result<(Se
     let tokenizer = Arc::new(checkpoint.tokenizer()?);
     let template = Arc::new(checkpoint.chat_template()?);
 
-    let rounding = rounding(kind, config);
-    let weight_bytes = checkpoint.weight_bytes(rounding);
-    let plan = MemoryPlan::new(&checkpoint.config, weight_bytes, &config.engine, device::memory_available())?;
     tracing::info!(model = name, template = template.name(), "{plan}");
     if plan.cache_len() < plan.len_max {
         tracing::warn!(model = name, "the cache holds {} tokens: longer sequences are refused", plan.cache_len());
@@ -50,9 +69,11 @@ pub(super) fn load(kind: Kind, config: &Config, metrics: &Metrics) -> Result<(Se
         Kind::Reward => config.reward_compute_dtype,
     };
     let runner = timed(metrics, "load", || {
-        let mut model = load_model(&checkpoint, rounding, &device::open())?;
-        set_arithmetic(&mut model, compute_dtype, &name)?;
-        let cache = KvCache::new(&checkpoint.config, plan.block_count, plan.block_size, &device::open())?;
+        let mut model = load_model(&checkpoint, rounding, device)?;
+        if device.is_cpu() {
+            set_arithmetic(&mut model, compute_dtype, &name)?;
+        }
+        let cache = KvCache::new(&model, plan.block_count, plan.block_size)?;
         memory::keep_freed();
         Ok(Runner::new(model, cache))
     })?;
@@ -161,17 +182,18 @@ fn set_arithmetic(model: &mut Model, asked: ComputeDtype, name: &str) -> Result<
 
 fn load_model(checkpoint: &Checkpoint, rounding: Option<Rounding>, device: &Device) -> Result<Model> {
     let mut line = ProgressLine::start();
-    let weights = checkpoint.load_rounded(rounding, device, &mut |progress| line.show(progress));
+    // To the host: what has to be converted is converted there.
+    let weights = checkpoint.load_rounded(rounding, &Device::Cpu, &mut |progress| line.show(progress));
     line.end();
     Model::load(checkpoint.config.clone(), weights?, device)
 }
 
-/// The model that `source` names, without tokenizer and engine.
+/// The model that `source` names on the chosen device, without tokenizer and engine.
 ///
 /// # Errors
-/// A checkpoint that cannot be had or is damaged.
-pub fn model(source: &str) -> Result<Model> {
-    load_model(&open_source(source, &HubOptions::from_env())?, None, &device::open())
+/// A checkpoint that cannot be had or is damaged, or no such device.
+pub fn model(source: &str, device: device::Choice) -> Result<Model> {
+    load_model(&open_source(source, &HubOptions::from_env())?, None, &device::open(device)?)
 }
 
 /// Runs a stage of the start and records how long it took.

@@ -1,22 +1,120 @@
-//! How much memory a model takes: weights as they are stored, and a key/value cache sized by the settings.
+//! How much memory models take on their device: weights, what a step works in, and a key/value cache sized by the settings.
 
 use std::fmt;
 
+use candle_core::{DType, Device};
+
 use crate::{
+    checkpoint::{Checkpoint, Rounding, Storage},
     config::EngineConfig,
+    device,
     error::{Error, Result},
     model::config::ModelConfig,
+    ops::place::Place,
 };
 
-/// Without a setting, a cache takes at most this part of the memory that is free.
-const CACHE_SHARE: u64 = 4;
+/// Without a setting, a cache takes at most this part of the host's memory that is free: others need some too.
+const HOST_SHARE: f64 = 0.25;
+/// The caches of all models together, of a GPU's memory that weights and work leave.
+const GPU_SHARE: f64 = 0.9;
+/// On a GPU, beside what grows with the model: the kernels, the libraries' own buffers, and sums over parts of contexts.
+const GPU_WORK_BYTES: u64 = 512 << 20;
+/// Rows whose logits exist at once.
+const LOGITS_ROWS: u64 = 256;
 const GIB: f64 = (1u64 << 30) as f64;
+
+/// What a model needs before there is a cache.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Needs {
+    weight_bytes: u64,
+    /// Of a step beside weights and cache. Not counted on a CPU.
+    work_bytes: u64,
+    /// Of a number in the cache.
+    number_bytes: u64,
+}
+
+impl Needs {
+    /// Those of `checkpoint` on `device`, its matrices rounded as `rounding` says.
+    pub(super) fn new(
+        checkpoint: &Checkpoint,
+        rounding: Option<Rounding>,
+        device: &Device,
+        settings: &EngineConfig,
+    ) -> Self {
+        let headers = checkpoint.headers();
+        if device.is_cpu() {
+            let weight_bytes = checkpoint.weight_bytes(rounding);
+            return Self { weight_bytes, work_bytes: 0, number_bytes: DType::F32.size_in_bytes() as u64 };
+        }
+        let embedding = headers.iter().find(|tensor| tensor.name == "model.embed_tokens.weight");
+        let stored = embedding.and_then(|tensor| match tensor.storage {
+            Storage::Float(dtype) => Some(dtype),
+            _ => None,
+        });
+        let (model, number_bytes) = (&checkpoint.config, Place::dtype_on(device, stored).size_in_bytes() as u64);
+        // Rows that live at once in a layer: residuals and norms, the projection of queries, keys and values, and the two of the mlp.
+        let attention = (2 * model.heads + 2 * model.kv_heads) * model.head_dim;
+        let row = 6 * model.hidden + attention + 3 * model.intermediate;
+        let work = settings.step_tokens as u64 * row as u64 + LOGITS_ROWS * model.vocab as u64;
+        Self {
+            weight_bytes: model.parameter_count() * number_bytes,
+            work_bytes: GPU_WORK_BYTES + work * number_bytes,
+            number_bytes,
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.weight_bytes + self.work_bytes
+    }
+}
+
+/// The memory of a device while models are planned on it, one after the other.
+#[derive(Debug)]
+pub(super) struct Memory {
+    /// None where the system does not tell.
+    available: Option<u64>,
+    /// Whether what later models need is left to them.
+    reserves: bool,
+    later: Vec<Needs>,
+}
+
+impl Memory {
+    /// That of `device` for models that need `needs`, to be planned in this order.
+    pub(super) fn new(device: &Device, needs: impl IntoIterator<Item = Needs>) -> Self {
+        let mut later: Vec<Needs> = needs.into_iter().collect();
+        later.reverse();
+        Self { available: device::memory_available(device), reserves: !device.is_cpu(), later }
+    }
+
+    /// The plan of the next model.
+    ///
+    /// # Errors
+    /// As [`MemoryPlan::new`].
+    pub(super) fn plan(&mut self, model: &ModelConfig, settings: &EngineConfig) -> Result<MemoryPlan> {
+        let Some(needs) = self.later.pop() else { return Err(Error::internal("no model is left to be planned")) };
+        let (reserved, cache_share) = match self.reserves {
+            true => (self.later.iter().map(Needs::bytes).sum::<u64>(), GPU_SHARE / (self.later.len() + 1) as f64),
+            false => (0, HOST_SHARE),
+        };
+        let available = self.available.map(|available| available.saturating_sub(reserved));
+        let plan = MemoryPlan::new(model, &needs, settings, &Room { available, cache_share });
+        let taken = plan.as_ref().map_or(needs.bytes(), |plan| needs.bytes() + plan.cache_bytes());
+        self.available = self.available.map(|available| available.saturating_sub(taken));
+        plan
+    }
+}
+
+/// What a model finds.
+struct Room {
+    available: Option<u64>,
+    /// Of what weights and work leave.
+    cache_share: f64,
+}
 
 /// What one model will hold.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct MemoryPlan {
-    /// Bytes of the tensors.
-    pub(super) weight_bytes: u64,
+    needs: Needs,
     /// Longest sequence in tokens.
     pub(super) len_max: usize,
     /// Blocks of the cache.
@@ -28,35 +126,30 @@ pub(super) struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Plans for `model` with `available` bytes free; None where the system does not tell.
+    /// Plans for `model` in `room`.
     ///
     /// # Errors
     /// [`Error::Invalid`] where weights and cache do not fit, or the cache is smaller than one block.
-    pub(super) fn new(
-        model: &ModelConfig,
-        weight_bytes: u64,
-        settings: &EngineConfig,
-        available: Option<u64>,
-    ) -> Result<Self> {
-        if let Some(available) = available
-            && weight_bytes > available
+    fn new(model: &ModelConfig, needs: &Needs, settings: &EngineConfig, room: &Room) -> Result<Self> {
+        if let Some(available) = room.available
+            && needs.bytes() > available
         {
-            let message = format!("the weights take {}, {} are free", gib(weight_bytes), gib(available));
+            let message = format!("the weights take {}, {} are free", gib(needs.bytes()), gib(available));
             return Err(Error::invalid("model", message));
         }
         let len_max = settings.len_max.unwrap_or(model.positions_max).min(model.positions_max);
-        let token_bytes = model.kv_bytes_per_token();
+        let token_bytes = model.kv_bytes_per_token(needs.number_bytes);
         let block_bytes = token_bytes.saturating_mul(settings.block_size as u64);
-        let left = available.map(|available| available - weight_bytes);
+        let left = room.available.map(|available| available - needs.bytes());
         let budget = match settings.kv_cache_gib {
             Some(asked) => Some((asked * GIB) as u64),
-            None => left.map(|left| left / CACHE_SHARE),
+            None => left.map(|left| (left as f64 * room.cache_share) as u64),
         };
         // Every sequence that runs at once at its full length; more would never be used.
         let enough = settings.running_max.saturating_mul(len_max.div_ceil(settings.block_size));
         let affordable = budget.map_or(enough, |bytes| usize::try_from(bytes / block_bytes).unwrap_or(usize::MAX));
         let block_count = enough.min(affordable).min(u32::MAX as usize);
-        let plan = Self { weight_bytes, len_max, block_count, block_size: settings.block_size, token_bytes };
+        let plan = Self { needs: *needs, len_max, block_count, block_size: settings.block_size, token_bytes };
         if block_count == 0 {
             let message =
                 format!("no block of the cache fits: one of {} tokens takes {}", settings.block_size, gib(block_bytes));
@@ -84,14 +177,12 @@ impl MemoryPlan {
 
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "weights {}, cache {} for {} tokens, sequences of up to {} tokens",
-            gib(self.weight_bytes),
-            gib(self.cache_bytes()),
-            self.cache_len(),
-            self.len_max
-        )
+        write!(f, "weights {}, ", gib(self.needs.weight_bytes))?;
+        if self.needs.work_bytes > 0 {
+            write!(f, "work {}, ", gib(self.needs.work_bytes))?;
+        }
+        let (cache, tokens) = (gib(self.cache_bytes()), self.cache_len());
+        write!(f, "cache {cache} for {tokens} tokens, sequences of up to {} tokens", self.len_max)
     }
 }
 
@@ -114,13 +205,18 @@ mod tests {
         ModelConfig::parse(json, None).unwrap()
     }
 
+    fn plan(weight_bytes: u64, settings: &EngineConfig, available: Option<u64>) -> Result<MemoryPlan> {
+        let needs = Needs { weight_bytes, work_bytes: 0, number_bytes: 4 };
+        MemoryPlan::new(&model(), &needs, settings, &Room { available, cache_share: HOST_SHARE })
+    }
+
     fn settings(running_max: usize) -> EngineConfig {
         EngineConfig { running_max, ..EngineConfig::default() }
     }
 
     #[test]
     fn without_limits_every_running_sequence_has_its_full_length() {
-        let plan = MemoryPlan::new(&model(), 1000, &settings(3), None).unwrap();
+        let plan = plan(1000, &settings(3), None).unwrap();
         // ceil(100 / 16) = 7 blocks each.
         assert_eq!((plan.block_count, plan.cache_len(), plan.cache_bytes()), (21, 336, 336 * 128));
         assert_eq!(plan.len_max, 100);
@@ -129,29 +225,45 @@ mod tests {
     #[test]
     fn the_cache_takes_a_quarter_of_what_the_weights_leave() {
         // 41,960 free after the weights, a quarter is 10,490: 5 blocks of 2048 bytes.
-        let plan = MemoryPlan::new(&model(), 1000, &settings(3), Some(42_960)).unwrap();
+        let plan = plan(1000, &settings(3), Some(42_960)).unwrap();
         assert_eq!(plan.block_count, 5);
     }
 
     #[test]
     fn a_given_size_is_used_but_no_more_than_can_be_filled() {
         let small = EngineConfig { kv_cache_gib: Some(8192.0 / GIB), ..settings(3) };
-        assert_eq!(MemoryPlan::new(&model(), 0, &small, None).unwrap().block_count, 4);
+        assert_eq!(plan(0, &small, None).unwrap().block_count, 4);
         let large = EngineConfig { kv_cache_gib: Some(1.0), ..settings(3) };
-        assert_eq!(MemoryPlan::new(&model(), 0, &large, None).unwrap().block_count, 21);
+        assert_eq!(plan(0, &large, None).unwrap().block_count, 21);
     }
 
     #[test]
     fn the_length_is_capped_by_the_setting_and_by_the_model() {
         let short = EngineConfig { len_max: Some(20), ..settings(1) };
-        assert_eq!(MemoryPlan::new(&model(), 0, &short, None).unwrap().len_max, 20);
+        assert_eq!(plan(0, &short, None).unwrap().len_max, 20);
         let long = EngineConfig { len_max: Some(500), ..settings(1) };
-        assert_eq!(MemoryPlan::new(&model(), 0, &long, None).unwrap().len_max, 100);
+        assert_eq!(plan(0, &long, None).unwrap().len_max, 100);
+    }
+
+    #[test]
+    fn models_share_a_gpu() {
+        // 1,000 bytes each for weights and 100 for work; 64 bytes of cache for a token, 1,024 for a block.
+        let needs = Needs { weight_bytes: 1000, work_bytes: 100, number_bytes: 2 };
+        let mut memory = Memory { available: Some(102_200), reserves: true, later: vec![needs, needs] };
+        // 100,000 left for both caches: 45,000 for the first, then nine tenths of the rest.
+        let first = memory.plan(&model(), &settings(100)).unwrap();
+        assert_eq!((first.block_count, memory.available), (43, Some(102_200 - 1_100 - 43 * 1_024)));
+        assert_eq!(memory.plan(&model(), &settings(100)).unwrap().block_count, 49);
+        assert!(memory.plan(&model(), &settings(100)).is_err());
+        let text = first.to_string();
+        assert!(text.starts_with("weights 0.0 MiB, work 0.0 MiB, cache 0.0 MiB for 688 tokens"), "{text}");
+        let mut full = Memory { available: Some(2_100), reserves: true, later: vec![needs, needs] };
+        assert!(full.plan(&model(), &settings(100)).is_err());
     }
 
     #[track_caller]
     fn refused(weight_bytes: u64, settings: &EngineConfig, available: u64, part: &str) {
-        let message = MemoryPlan::new(&model(), weight_bytes, settings, Some(available)).unwrap_err().to_string();
+        let message = plan(weight_bytes, settings, Some(available)).unwrap_err().to_string();
         assert!(message.contains(part), "{message}");
     }
 

@@ -11,6 +11,7 @@ use crate::model::heads::Head;
 use crate::model::tape::Keep;
 use crate::ops::attention::{packed_attention, packed_attention_backward};
 use crate::ops::logprobs::TargetScore;
+use crate::ops::rope::{Turn, split_rope};
 
 /// What a model says of one text.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -52,8 +53,9 @@ struct Segments<'a> {
 }
 
 impl Attention for Segments<'_> {
-    fn attend(&self, _layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        packed_attention(q, k, v, self.starts, self.window, self.scale)
+    fn attend(&self, _layer: usize, qkv: &Tensor, turn: &Turn<'_>) -> Result<Tensor> {
+        let [q, k, v] = split_rope(qkv, turn)?;
+        packed_attention(&q, &k, &v, self.starts, self.window, self.scale)
     }
 }
 

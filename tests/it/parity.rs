@@ -15,10 +15,10 @@ use eurus::model::config::{HeadKind, ModelConfig};
 use eurus::model::decoder::Attention;
 use eurus::model::weights::Weights;
 use eurus::ops::attention::packed_attention;
-use eurus::ops::rope::RopeTable;
+use eurus::ops::rope::{RopeTable, Turn, split_rope};
 use eurus::runner::Runner;
 use eurus::runner::batch::{Bounds, ForwardBatch};
-use eurus::runner::kv_cache::{KvCache, Paged};
+use eurus::runner::kv_cache::KvCache;
 
 /// Bound on log-probabilities and logits: transformers adds up in another order.
 const DIFFERENCE_MAX: f32 = 2e-4;
@@ -52,7 +52,7 @@ fn weights(folder: &Path) -> Weights {
 
 /// A runner over a cache of its own.
 pub(crate) fn runner(model: Model, block_count: usize, block_size: usize) -> Runner {
-    let cache = KvCache::new(&model.config, block_count, block_size, &Device::Cpu).unwrap();
+    let cache = KvCache::new(&model, block_count, block_size).unwrap();
     Runner::new(model, cache)
 }
 
@@ -117,10 +117,7 @@ fn execute(runner: &mut Runner, chunks: Vec<Chunk>) -> Vec<Outcome> {
 fn hidden(runner: &Runner, chunks: Vec<Chunk>) -> Tensor {
     let bounds = Bounds::new(&runner.model().config, runner.cache());
     let batch = ForwardBatch::new(&StepPlan { chunks }, &bounds).unwrap();
-    let tokens = Tensor::new(batch.tokens.as_slice(), &Device::Cpu).unwrap();
-    let positions = Tensor::new(batch.positions.as_slice(), &Device::Cpu).unwrap();
-    let paged = Paged { cache: runner.cache(), batch: &batch };
-    runner.model().decoder.forward(&tokens, &positions, &paged).unwrap()
+    runner.forward(&batch.inputs(&[], runner.model()).unwrap()).unwrap()
 }
 
 fn floats(tensor: &Tensor) -> Vec<f32> {
@@ -279,8 +276,9 @@ struct Packed {
 }
 
 impl Attention for Packed {
-    fn attend(&self, _layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        packed_attention(q, k, v, &self.starts, self.window, self.scale)
+    fn attend(&self, _layer: usize, qkv: &Tensor, turn: &Turn<'_>) -> Result<Tensor> {
+        let [q, k, v] = split_rope(qkv, turn)?;
+        packed_attention(&q, &k, &v, &self.starts, self.window, self.scale)
     }
 }
 

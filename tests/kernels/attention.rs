@@ -132,7 +132,8 @@ impl Case {
     }
 
     fn prefill(&self, library: &Library, seed: u64) -> Vec<f32> {
-        let tiles = kernels::prefill_tiles(&self.batch.q_starts, &self.batch.contexts, &self.shape);
+        let tiles =
+            kernels::prefill_tiles(&self.batch.q_starts, &self.batch.contexts, self.shape.heads / self.shape.kv_heads);
         let (contexts, tables, tile_buffer) = (self.contexts(), Buffer::of(&self.tables), Buffer::of(&tiles));
         let q_starts = Buffer::of(&self.batch.q_starts.iter().map(|&row| row as u32).collect::<Vec<_>>());
         let out = self.out(self.rows());
@@ -253,8 +254,9 @@ fn tiles_cover_every_row_once() {
         let mut random = Random::new(seed);
         let sizes = Sizes { head_dim: 2, share_max: 64, rows_max: 70, context_max: 9 };
         let case = Case::new(&mut random, DType::F32, &sizes);
-        let tokens = 64 / (case.shape.heads / case.shape.kv_heads);
-        let mut covered: Vec<usize> = kernels::prefill_tiles(&case.batch.q_starts, &case.batch.contexts, &case.shape)
+        let share = case.shape.heads / case.shape.kv_heads;
+        let tokens = 64 / share;
+        let mut covered: Vec<usize> = kernels::prefill_tiles(&case.batch.q_starts, &case.batch.contexts, share)
             .into_iter()
             .flat_map(|[sequence, row]| {
                 row as usize..case.batch.q_starts[sequence as usize + 1].min(row as usize + tokens)

@@ -10,12 +10,12 @@ use eurus::ops::kernels::{Argument, FAMILIES, Launch};
 use crate::samples::Buffer;
 
 type RunGrid = unsafe extern "C" fn(*const c_char, *const c_uint, c_uint, usize, u64, *mut *mut c_void) -> c_int;
-type ParameterCount = unsafe extern "C" fn(*const c_char) -> c_int;
+type Parameters = unsafe extern "C" fn(*const c_char) -> *const c_char;
 
 /// Kernels compiled for the CPU.
 pub(crate) struct Library {
     run_grid: RunGrid,
-    parameter_count: ParameterCount,
+    parameters: Parameters,
 }
 
 impl Library {
@@ -33,7 +33,7 @@ impl Library {
         unsafe {
             Self {
                 run_grid: std::mem::transmute(load(c"emulator_launch")),
-                parameter_count: std::mem::transmute(load(c"emulator_parameter_count")),
+                parameters: std::mem::transmute(load(c"emulator_parameters")),
             }
         }
     }
@@ -49,21 +49,24 @@ impl Library {
         Self::open(&format!("plant_{name}"))
     }
 
-    fn parameter_count(&self, kernel: &str) -> i32 {
+    /// A for an address, N for a number; None where there is no such kernel.
+    fn parameters(&self, kernel: &str) -> Option<String> {
         let name = CString::new(kernel).unwrap();
-        // SAFETY: only reads a table.
-        unsafe { (self.parameter_count)(name.as_ptr()) }
+        // SAFETY: only reads a table, whose texts stay.
+        unsafe {
+            let found = (self.parameters)(name.as_ptr());
+            (!found.is_null()).then(|| CStr::from_ptr(found).to_str().unwrap().to_owned())
+        }
     }
 
     /// Runs a launch whose addresses are those of [`Buffer`]s; `seed` decides in which order its warps run.
     #[track_caller]
     pub(crate) fn run(&self, launch: &Launch, seed: u64) {
-        assert_eq!(
-            self.parameter_count(&launch.kernel),
-            launch.arguments.len() as i32,
-            "parameters of {}",
-            launch.kernel
-        );
+        let kinds = launch.arguments.iter().map(|argument| match argument {
+            Argument::Address(_) => 'A',
+            Argument::Count(_) | Argument::Real(_) => 'N',
+        });
+        assert_eq!(self.parameters(&launch.kernel), Some(kinds.collect()), "parameters of {}", launch.kernel);
         let mut words: Vec<u64> = launch.arguments.iter().map(word).collect();
         let mut arguments: Vec<*mut c_void> = words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect();
         let name = CString::new(&*launch.kernel).unwrap();
@@ -94,10 +97,11 @@ fn probe(kernel: &str, threads: u32, arguments: Vec<Argument>) -> Launch {
 fn kernels_and_parameters_are_those_of_the_table() {
     for family in FAMILIES {
         for symbol in family.symbols() {
-            assert_eq!(Library::sound().parameter_count(&symbol), family.parameter_count as i32, "{symbol}");
+            let parameters = Library::sound().parameters(&symbol).unwrap_or_default();
+            assert_eq!(parameters.len(), family.parameter_count, "{symbol}");
         }
     }
-    assert_eq!(Library::sound().parameter_count("rms_norm"), -1);
+    assert_eq!(Library::sound().parameters("rms_norm"), None);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use eurus::ops::kernels::{self, AttentionShape, NONE};
 use eurus::ops::kv_write::kv_write;
 use eurus::ops::logprobs::target_scores;
 use eurus::ops::rms_norm::{add_rms_norm, rms_norm};
-use eurus::ops::rope::{RopeTable, split_rope};
+use eurus::ops::rope::{RopeTable, Turn, split_rope};
 use eurus::ops::swiglu::swiglu;
 
 use crate::emulator::Library;
@@ -98,7 +98,7 @@ fn rope_kv(random: &mut Random, dtype: DType) -> Result<(), String> {
 
     let ids = Tensor::from_slice(&positions, rows, &Device::Cpu).unwrap();
     let all = qkv.tensor((rows, (heads + 2 * kv_heads) * head_dim));
-    let [q, k, v] = split_rope(&all, &ids, &turns, [heads, kv_heads]).unwrap();
+    let [q, k, v] = split_rope(&all, &Turn { positions: &ids, table: &turns, heads: [heads, kv_heads] }).unwrap();
     let q = floats(&q);
     let turned = qkv.buffer.floats(dtype);
     let tolerance = rounding(dtype) + 1e-6;
@@ -131,7 +131,7 @@ fn table_of(head_dim: usize, positions: usize) -> Vec<f32> {
     let units: Vec<f32> = (0..positions * 3 * head_dim).map(unit).collect();
     let x = Tensor::from_vec(units, (positions, 3 * head_dim), &Device::Cpu).unwrap();
     let ids = Tensor::arange(0, positions as u32, &Device::Cpu).unwrap();
-    let [q, ..] = split_rope(&x, &ids, &turns, [1, 1]).unwrap();
+    let [q, ..] = split_rope(&x, &Turn { positions: &ids, table: &turns, heads: [1, 1] }).unwrap();
     floats(&q)
 }
 

@@ -9,8 +9,12 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Storage, Tensor};
 use rows::{Heads, Rows, Span};
 use std::ops::Range;
 
+#[cfg(feature = "cuda")]
+mod device;
 mod gradient;
+pub mod inputs;
 mod rows;
+pub mod step;
 
 /// Queries (tokens x heads of one key head) computed together: enough to pay for turning a tile of keys.
 const QUERIES: usize = 96;

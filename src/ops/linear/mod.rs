@@ -6,11 +6,15 @@ use super::parameter::{Parameter, Precision};
 use super::quantized;
 use super::storage::{Weights, slice};
 use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor};
 
 pub mod adapter;
 mod blocks;
 mod brain;
+#[cfg(feature = "cuda")]
+mod device;
 mod dot;
 mod float;
 mod gradient;
@@ -153,6 +157,17 @@ impl CustomOp2 for Product {
             }
         };
         Ok((CpuStorage::F32(y), Shape::from((rows, columns))))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        device::product((x, x_layout), (weight, weight_layout))
     }
 }
 

@@ -140,6 +140,11 @@ impl Matrix {
         (0..self.k / self.format.block_len()).map(move |block| (block * step + index) * bytes)
     }
 
+    /// All rows of the matrix in `tiles`.
+    pub(super) fn widened(self, tiles: &[u8]) -> Vec<f32> {
+        parallel::filled(self.rows * self.k, self.k, |index, out| self.row(tiles, index, out))
+    }
+
     /// Bytes of all tiles.
     pub(super) fn tiles_bytes(self) -> usize {
         self.rows.div_ceil(COLUMNS) * self.tile_bytes()

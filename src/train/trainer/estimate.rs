@@ -56,7 +56,7 @@ impl Prepared {
             steps: course.len() as u64,
             epochs: recipe.run.epochs,
             memory,
-            memory_free: device::memory_available(),
+            memory_free: device::host_memory_available(),
             snapshot_bytes: trainable * (1 + MOMENTS) * F32_BYTES,
             seconds: self.seconds(recipe, course)?,
         })

@@ -45,9 +45,9 @@ const TOP: &[&str] = &["cli", "serve", "bench", "main", "lib"];
 
 const LAYERS: &[Layer] = &[
     layer("error", &[], PURE),
-    layer("config", &["error"], PURE),
+    layer("config", &["device", "error"], PURE),
     layer("metrics", &["error"], PURE),
-    layer("device", &["error"], WEB),
+    layer("device", &["ops", "error"], WEB),
     layer("ops", &["error"], NO_WEB_NO_TEXT),
     layer("model", &["ops", "error"], NO_WEB_NO_TEXT),
     layer("checkpoint", &["model", "text", "error"], NO_WEB_NO_TEXT),

@@ -1,0 +1,32 @@
+//! All of a layer's attention in one step of serving: rows are turned, keys and values written to the cache, and every row attends.
+
+use candle_core::Tensor;
+
+use super::inputs::Inputs;
+use super::paged_attention;
+use crate::error::Result;
+use crate::ops::kv_write::kv_write;
+use crate::ops::rope::{Turn, split_rope};
+
+/// Attention `[T, heads * head_dim]` of the rows of `inputs`, whose queries, keys and values before they are turned are `qkv`
+/// `[T, (heads + 2 * kv_heads) * head_dim]`. Their keys and values are written to the caches of keys and of values,
+/// `[blocks, kv_heads, block_size, head_dim]`, before any row attends. On a GPU `qkv` is used up: its queries are turned in place.
+///
+/// # Errors
+/// Where the inputs do not fit the tensors.
+pub fn step_attention(
+    qkv: &Tensor,
+    turn: &Turn<'_>,
+    [keys, values]: [&Tensor; 2],
+    inputs: &Inputs<'_>,
+    scale: f32,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if qkv.device().is_cuda() {
+        return Ok(qkv.apply_op3_no_bwd(keys, values, &super::device::Step { turn, inputs, scale })?);
+    }
+    let [q, k, v] = split_rope(qkv, turn)?;
+    kv_write(keys, &k, inputs.integers.slots)?;
+    kv_write(values, &v, inputs.integers.slots)?;
+    paged_attention(&q, keys, values, inputs.integers.paged, scale)
+}
