@@ -103,7 +103,7 @@ QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(l
 
 def our_rates(a, path):
     report = json.loads(run([a.eurus, "bench", "model", "--model", path, "--threads", str(a.threads), "--prefill", str(a.prefill), "--batches",
-                             a.batches, "--context", str(a.context), "--steps", str(a.steps), "--json"]))
+                             a.batches, "--context", str(a.context), "--steps", str(a.steps), "--json"] + ["--bf16"] * (a.bf16 and path.endswith(".bf16.gguf"))))
     return {"prompt": report["prefill_tokens_per_second"], **{row["batch"]: row["tokens_per_second"] for row in report["decode"]}}
 
 
@@ -316,6 +316,7 @@ def main():
     a.add_argument("--batches", default="1,4,8,16")
     a.add_argument("--context", type=int, default=64)
     a.add_argument("--steps", type=int, default=64)
+    a.add_argument("--bf16", action="store_true", help="ours multiplies bf16 weights in bf16, as llama.cpp does, not in float32")
     a.add_argument("--server", action="store_true", help="compare servers, too")
     a.add_argument("--server-only", action="store_true", help="compare nothing but servers")
     a.add_argument("--llama-server", help="the binary; else one on the path, else llama_cpp.server")

@@ -48,7 +48,8 @@ impl Needs {
         }
         let embedding = headers.iter().find(|tensor| tensor.name == "model.embed_tokens.weight");
         let stored = embedding.and_then(|tensor| match tensor.storage {
-            Storage::Float(dtype) => Some(dtype),
+            // Rounded, it takes two bytes there in any case.
+            Storage::Float(dtype) if rounding.is_none() => Some(dtype),
             _ => None,
         });
         let (model, number_bytes) = (&checkpoint.config, Place::dtype_on(device, stored).size_in_bytes() as u64);
