@@ -1,7 +1,8 @@
 //! One operation a file: formula, shapes, CPU body, device launch, gradient and tests.
 //! The only place, with `device`, that may tell a CPU from a GPU.
 //! Nothing is recorded for candle's own differentiation: where an operation has a gradient, a function beside it computes it.
-//! Every row of every result has the same bits whatever else is in the batch and whatever the processor or the number of threads.
+//! On a CPU every row of every result has the same bits whatever else is in the batch and whatever the processor or the number of
+//! threads; products in bf16 alone are the same only on processors with the same instructions.
 
 pub mod accumulate;
 pub mod adamw;
