@@ -68,7 +68,7 @@ pub(super) fn for_each_chunk(data: &mut [f32], len: usize, body: impl Fn(usize, 
     });
 }
 
-/// A vector of `total` zeros, cut into chunks of `len` elements that `body(index, chunk)` changes, as [`for_each_chunk`]. Each thread
+/// A vector of `total` zeros, cut into chunks of `len` elements that `body(index, chunk)` changes, as `for_each_chunk` does. Each thread
 /// clears a chunk just before it changes it, while it is in the cache.
 pub fn filled<T: Copy + Default + Send>(total: usize, len: usize, body: impl Fn(usize, &mut [T]) + Sync) -> Vec<T> {
     let len = len.max(1);
