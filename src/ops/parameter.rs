@@ -20,7 +20,7 @@ pub struct Parameter {
     value: Tensor,
     /// What `value` stands for where it is bytes: matrices whose rows follow each other.
     matrices: Vec<Matrix>,
-    /// Rows and columns of what `value` stands for where it is tiles of bf16.
+    /// Rows and columns of what `value` stands for where it is panels of bf16.
     packed: Option<(usize, usize)>,
     gradient: Option<Tensor>,
     precision: Precision,
@@ -40,12 +40,12 @@ impl Parameter {
         Ok(Self { matrices: vec![matrix], ..Self::frozen(matrix.pack(blocks)?.to_device(device)?) })
     }
 
-    /// The bf16 weight of shape `dims` that `tiles` hold.
-    pub(super) fn packed(tiles: Tensor, dims: (usize, usize)) -> Self {
-        Self { packed: Some(dims), ..Self::frozen(tiles) }
+    /// The bf16 weight of shape `dims` that `panels` hold, as `linear::packed` lays them out. No step changes it.
+    pub(super) fn packed(panels: Tensor, dims: (usize, usize)) -> Self {
+        Self { packed: Some(dims), ..Self::frozen(panels) }
     }
 
-    /// Rows and columns of a weight that lies in tiles of bf16.
+    /// Rows and columns of a weight that lies in panels of bf16.
     pub(super) fn packed_dims(&self) -> Option<(usize, usize)> {
         self.packed
     }
@@ -133,7 +133,7 @@ impl Parameter {
         self.precision
     }
 
-    /// The weight; bytes where it is quantised, tiles where it is packed.
+    /// The weight; bytes where it is quantised, panels where it is packed.
     pub fn value(&self) -> &Tensor {
         &self.value
     }

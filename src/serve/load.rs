@@ -170,7 +170,7 @@ fn set_arithmetic(model: &mut Model, asked: ComputeDtype, name: &str) -> Result<
         ComputeDtype::Bf16 if model.pack()? == 0 => {
             tracing::warn!(
                 model = name,
-                "no weight can be multiplied in bf16 on this processor: computed as compute_dtype f32"
+                "no weight is bf16, or this processor does not multiply it: computed as with compute_dtype f32"
             );
         }
         ComputeDtype::Bf16 => {

@@ -92,8 +92,8 @@ impl Linear {
         if weight.is_quantized() || weight.packed_dims().is_some() || weight.gradient().is_some() {
             return Ok(false);
         }
-        let Some(tiles) = packed::pack(weight.value())? else { return Ok(false) };
-        *weight = Parameter::packed(tiles, weight.dims2()?);
+        let Some(panels) = packed::pack(weight.value())? else { return Ok(false) };
+        *weight = Parameter::packed(panels, weight.dims2()?);
         Ok(true)
     }
 
