@@ -105,8 +105,23 @@ pub enum ComputeDtype {
     /// In float32.
     #[default]
     F32,
-    /// Both operands rounded to bf16: about twice as fast for prompts and batches where the processor multiplies bf16.
+    /// Both operands rounded to bf16: two to four times as fast for prompts and batches where the processor multiplies bf16.
     Bf16,
+}
+
+/// Type of the numbers in the key/value cache.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheDtype {
+    /// The one that the model computes in: float32 on a CPU, where results are exact then.
+    #[default]
+    Auto,
+    /// float32.
+    F32,
+    /// bf16: half the memory, and half of what long contexts read at every step.
+    Bf16,
+    /// f16: as bf16, with finer steps and a narrower range.
+    F16,
 }
 
 /// Section `hub`. The cache folder, the token and the address follow Hugging Face's own variables:
@@ -199,6 +214,8 @@ pub struct EngineConfig {
     /// Memory of one model's key/value cache, in GiB; by default enough for `running_max` sequences of full length,
     /// but no more than a quarter of the memory that is free, or of a GPU's nine tenths, shared by the models.
     pub kv_cache_gib: Option<f64>,
+    /// Type of its numbers on a CPU; on a GPU they have the type that the model computes in.
+    pub kv_cache_dtype: CacheDtype,
     /// Threads for arithmetic; by default the number of cores this process may use.
     pub threads: Option<usize>,
     /// Seconds without a finished step after which a busy engine counts as stalled and `/health` answers 503.
@@ -214,6 +231,7 @@ impl Default for EngineConfig {
             len_max: None,
             block_size: 16,
             kv_cache_gib: None,
+            kv_cache_dtype: CacheDtype::Auto,
             threads: None,
             step_seconds_max: 60,
         }

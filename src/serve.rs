@@ -30,6 +30,7 @@ use memory::{Memory, Needs};
 pub use check::check;
 pub use load::model;
 pub(crate) use load::open_source;
+pub(crate) use memory::host_cache_dtype;
 pub use progress::ProgressLine;
 
 /// What loading gives: the served models, and the threads of their engines by model name.
@@ -131,7 +132,7 @@ fn load_all(config: &Config, metrics: &Metrics) -> Result<Loaded> {
     let wanted = wanted.into_iter().filter(|(_, source)| *source != NONE);
     let opened = wanted.map(|(kind, _)| load::opened(kind, config, metrics)).collect::<Result<Vec<_>>>()?;
     let needs = opened.iter().map(|opened| Needs::new(&opened.checkpoint, opened.rounding, &first, &config.engine));
-    let mut memory = Memory::new(&first, needs);
+    let mut memory = Memory::new(&first, needs.collect::<Result<Vec<_>>>()?);
     let mut loaded = Loaded { models: Vec::new(), engines: Vec::new() };
     for opened in opened {
         let plan = memory.plan(&opened.checkpoint.config, &config.engine)?;

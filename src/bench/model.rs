@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::config::CacheDtype;
 use crate::device::{self, Choice};
 use crate::engine::request::SamplingParams;
 use crate::engine::step::{BlockId, Chunk, Draw, Executor, Rows, SequenceId, StepPlan, Want};
@@ -15,6 +16,7 @@ use crate::model::Model;
 use crate::model::config::HeadKind;
 use crate::ops::{memory, parallel};
 use crate::runner::{Runner, kv_cache::KvCache};
+use crate::serve::host_cache_dtype;
 
 const BLOCK_SIZE: usize = 16;
 
@@ -45,6 +47,9 @@ pub struct Options {
     /// Compute products of bf16 weights in bf16 instead of float32
     #[arg(long)]
     pub bf16: bool,
+    /// Type of the numbers in the key/value cache on a CPU
+    #[arg(long, value_enum, default_value = "auto")]
+    pub kv_cache_dtype: CacheDtype,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -97,8 +102,10 @@ pub fn run(options: &Options, mut model: Model) -> Result<Report> {
     }
     let batches = if config.head == HeadKind::Language { options.batches.as_slice() } else { &[] };
     let sequences = batches.iter().copied().max().unwrap_or(1) as usize;
-    let device = device::describe(model.decoder.place().device());
-    let cache = KvCache::new(&model, sequences * longest.div_ceil(BLOCK_SIZE), BLOCK_SIZE)?;
+    let place = model.decoder.place();
+    let (device, on_cpu) = (device::describe(place.device()), place.device().is_cpu());
+    let dtype = if on_cpu { host_cache_dtype(options.kv_cache_dtype) } else { place.dtype() };
+    let cache = KvCache::of(&model, dtype, sequences * longest.div_ceil(BLOCK_SIZE), BLOCK_SIZE)?;
     let runner = Runner::new(model, cache);
     let mut bench = Bench { runner, blocks: longest.div_ceil(BLOCK_SIZE), vocab: config.vocab, filled: 0 };
     let prefill = median(|| bench.prefill(options.prefill as usize))?;

@@ -85,7 +85,7 @@ mod tests {
                 "offline" => "true",
                 "log_level" => "warn",
                 "quantize" | "reward_quantize" => "q4_k_m",
-                "compute_dtype" | "reward_compute_dtype" => "bf16",
+                "compute_dtype" | "reward_compute_dtype" | "kv_cache_dtype" => "bf16",
                 _ => "7",
             };
             let arguments = match arg.get_long() {

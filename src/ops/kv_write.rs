@@ -1,11 +1,13 @@
 //! Writes the keys or values of new tokens into their slots of the block cache.
 
-use super::storage::{slice, slice_mut};
+use super::storage::{range, slice};
 use crate::error::Result;
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
+use half::slice::HalfFloatSliceExt;
 
-/// Copies row t of `src` `[T, kv_heads, head_dim]` f32 to slot `slots[t]` of `cache` `[blocks, kv_heads, block_size, head_dim]` f32,
-/// in place; slot = block * block_size + offset. Fails on shapes that do not fit and slots outside of the cache.
+/// Copies row t of `src` `[T, kv_heads, head_dim]` f32 to slot `slots[t]` of `cache` `[blocks, kv_heads, block_size, head_dim]`, in
+/// place; slot = block * block_size + offset. A cache of f32 keeps every bit, one of bf16 or f16 the nearest number. Fails on shapes
+/// that do not fit and slots outside of the cache.
 pub fn kv_write(cache: &Tensor, src: &Tensor, slots: &[u32]) -> Result<()> {
     Ok(cache.inplace_op2(src, &KvWrite { slots })?)
 }
@@ -39,13 +41,28 @@ impl InplaceOp2 for KvWrite<'_> {
             candle_core::bail!("kv_write: slot {slot} is outside of a cache of {} slots", blocks * block_size);
         }
         let src: &[f32] = slice("kv_write", src, src_layout)?;
-        let cache = slice_mut("kv_write", cache, cache_layout)?;
-        for (row, &slot) in src.chunks_exact((kv_heads * head_dim).max(1)).zip(self.slots) {
+        let (start, end) = range("kv_write", cache_layout)?;
+        let places = src.chunks_exact((kv_heads * head_dim).max(1)).zip(self.slots).flat_map(|(row, &slot)| {
             let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
-            for (head, values) in row.chunks_exact(head_dim).enumerate() {
+            row.chunks_exact(head_dim).enumerate().map(move |(head, values)| {
                 let at = ((block * kv_heads + head) * block_size + offset) * head_dim;
-                cache[at..at + head_dim].copy_from_slice(values);
+                (at..at + head_dim, values)
+            })
+        });
+        match cache {
+            CpuStorage::F32(cache) => {
+                let cache = &mut cache[start..end];
+                places.for_each(|(at, values)| cache[at].copy_from_slice(values));
             }
+            CpuStorage::BF16(cache) => {
+                let cache = &mut cache[start..end];
+                places.for_each(|(at, values)| cache[at].convert_from_f32_slice(values));
+            }
+            CpuStorage::F16(cache) => {
+                let cache = &mut cache[start..end];
+                places.for_each(|(at, values)| cache[at].convert_from_f32_slice(values));
+            }
+            _ => candle_core::bail!("kv_write: the cache must be f32, bf16 or f16"),
         }
         Ok(())
     }

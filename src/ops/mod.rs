@@ -6,6 +6,11 @@
 
 pub mod accumulate;
 pub mod adamw;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+#[path = "no_amx.rs"]
+mod amx;
 pub mod attention;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;

@@ -10,7 +10,7 @@ pub enum Precision {
     /// In float32, with the bits of serving.
     #[default]
     F32,
-    /// Both operands rounded to bf16, sums in float32: for training, about twice as fast where the processor has it.
+    /// Both operands rounded to bf16, sums in float32: for training, at least twice as fast where the processor has it.
     Bf16,
 }
 

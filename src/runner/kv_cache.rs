@@ -1,7 +1,7 @@
 //! The memory that keys and values live in, and the attention that reads it through block tables.
 //! Which block belongs to whom is the engine's business.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::error::Result;
 use crate::model::Model;
@@ -19,7 +19,7 @@ pub struct KvCache {
     scale: f32,
 }
 
-/// `[blocks, kv_heads, block_size, head_dim]` each, in the type that the model computes in.
+/// `[blocks, kv_heads, block_size, head_dim]` each.
 #[derive(Debug)]
 struct LayerCache {
     keys: Tensor,
@@ -27,14 +27,22 @@ struct LayerCache {
 }
 
 impl KvCache {
-    /// An empty cache of `block_count` blocks of `block_size` slots for `model`, on its device.
+    /// An empty cache of `block_count` blocks of `block_size` slots for `model`, on its device, in the type that it computes in.
     ///
     /// # Errors
     /// If the memory cannot be had.
     pub fn new(model: &Model, block_count: usize, block_size: usize) -> Result<Self> {
+        Self::of(model, model.decoder.place().dtype(), block_count, block_size)
+    }
+
+    /// A cache of numbers of type `dtype`; on a CPU f32, bf16 or f16.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn of(model: &Model, dtype: DType, block_count: usize, block_size: usize) -> Result<Self> {
         let (config, place) = (&model.config, model.decoder.place());
         let shape = (block_count, config.kv_heads, block_size, config.head_dim);
-        let zeros = || Tensor::zeros(shape, place.dtype(), place.device());
+        let zeros = || Tensor::zeros(shape, dtype, place.device());
         let layers = (0..config.layers)
             .map(|_| Ok(LayerCache { keys: zeros()?, values: zeros()? }))
             .collect::<Result<Vec<_>>>()?;

@@ -33,6 +33,10 @@ pub fn check(config: &Config) -> (String, Result<()>) {
         let rounding = load::rounding(*kind, config);
         Needs::new(checkpoint, rounding, &device, &config.engine)
     });
+    let needs = match needs.collect::<Result<Vec<_>>>() {
+        Ok(needs) => needs,
+        Err(error) => return (report, Err(error)),
+    };
     let mut memory = Memory::new(&device, needs);
     for (kind, source, checkpoint) in &checkpoints {
         let mut note = |outcome: Result<()>| {

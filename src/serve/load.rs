@@ -73,7 +73,7 @@ pub(super) fn load(
         if device.is_cpu() {
             set_arithmetic(&mut model, compute_dtype, &name)?;
         }
-        let cache = KvCache::new(&model, plan.block_count, plan.block_size)?;
+        let cache = KvCache::of(&model, plan.cache_dtype(), plan.block_count, plan.block_size)?;
         memory::keep_freed();
         Ok(Runner::new(model, cache))
     })?;

@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 
 use crate::{
     checkpoint::{Checkpoint, Rounding, Storage},
-    config::EngineConfig,
+    config::{CacheDtype, EngineConfig},
     device,
     error::{Error, Result},
     model::config::ModelConfig,
@@ -23,28 +23,44 @@ const GPU_WORK_BYTES: u64 = 512 << 20;
 const LOGITS_ROWS: u64 = 256;
 const GIB: f64 = (1u64 << 30) as f64;
 
+/// The type of numbers in a cache in the host's memory.
+pub(crate) fn host_cache_dtype(asked: CacheDtype) -> DType {
+    match asked {
+        CacheDtype::Auto | CacheDtype::F32 => DType::F32,
+        CacheDtype::Bf16 => DType::BF16,
+        CacheDtype::F16 => DType::F16,
+    }
+}
+
 /// What a model needs before there is a cache.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Needs {
     weight_bytes: u64,
     /// Of a step beside weights and cache. Not counted on a CPU.
     work_bytes: u64,
-    /// Of a number in the cache.
-    number_bytes: u64,
+    /// Of the numbers in the cache.
+    cache_dtype: DType,
 }
 
 impl Needs {
     /// Those of `checkpoint` on `device`, its matrices rounded as `rounding` says.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a type of the cache that the device does not have.
     pub(super) fn new(
         checkpoint: &Checkpoint,
         rounding: Option<Rounding>,
         device: &Device,
         settings: &EngineConfig,
-    ) -> Self {
+    ) -> Result<Self> {
         let headers = checkpoint.headers();
         if device.is_cpu() {
             let weight_bytes = checkpoint.weight_bytes(rounding);
-            return Self { weight_bytes, work_bytes: 0, number_bytes: DType::F32.size_in_bytes() as u64 };
+            return Ok(Self { weight_bytes, work_bytes: 0, cache_dtype: host_cache_dtype(settings.kv_cache_dtype) });
+        }
+        if settings.kv_cache_dtype != CacheDtype::Auto {
+            let message = "on a GPU the cache has the type that the model computes in: leave it at auto";
+            return Err(Error::invalid("engine.kv_cache_dtype", message));
         }
         let embedding = headers.iter().find(|tensor| tensor.name == "model.embed_tokens.weight");
         let stored = embedding.and_then(|tensor| match tensor.storage {
@@ -52,16 +68,17 @@ impl Needs {
             Storage::Float(dtype) if rounding.is_none() => Some(dtype),
             _ => None,
         });
-        let (model, number_bytes) = (&checkpoint.config, Place::dtype_on(device, stored).size_in_bytes() as u64);
+        let (model, dtype) = (&checkpoint.config, Place::dtype_on(device, stored));
+        let number_bytes = dtype.size_in_bytes() as u64;
         // Rows that live at once in a layer: residuals and norms, the projection of queries, keys and values, and the two of the mlp.
         let attention = (2 * model.heads + 2 * model.kv_heads) * model.head_dim;
         let row = 6 * model.hidden + attention + 3 * model.intermediate;
         let work = settings.step_tokens as u64 * row as u64 + LOGITS_ROWS * model.vocab as u64;
-        Self {
+        Ok(Self {
             weight_bytes: model.parameter_count() * number_bytes,
             work_bytes: GPU_WORK_BYTES + work * number_bytes,
-            number_bytes,
-        }
+            cache_dtype: dtype,
+        })
     }
 
     fn bytes(&self) -> u64 {
@@ -139,7 +156,7 @@ impl MemoryPlan {
             return Err(Error::invalid("model", message));
         }
         let len_max = settings.len_max.unwrap_or(model.positions_max).min(model.positions_max);
-        let token_bytes = model.kv_bytes_per_token(needs.number_bytes);
+        let token_bytes = model.kv_bytes_per_token(needs.cache_dtype.size_in_bytes() as u64);
         let block_bytes = token_bytes.saturating_mul(settings.block_size as u64);
         let left = room.available.map(|available| available - needs.bytes());
         let budget = match settings.kv_cache_gib {
@@ -168,6 +185,11 @@ impl MemoryPlan {
     /// Tokens the cache holds.
     pub(super) fn cache_len(&self) -> usize {
         self.block_count * self.block_size
+    }
+
+    /// Type of the numbers in the cache.
+    pub(super) fn cache_dtype(&self) -> DType {
+        self.needs.cache_dtype
     }
 
     /// Bytes of the cache.
@@ -207,7 +229,7 @@ mod tests {
     }
 
     fn plan(weight_bytes: u64, settings: &EngineConfig, available: Option<u64>) -> Result<MemoryPlan> {
-        let needs = Needs { weight_bytes, work_bytes: 0, number_bytes: 4 };
+        let needs = Needs { weight_bytes, work_bytes: 0, cache_dtype: DType::F32 };
         MemoryPlan::new(&model(), &needs, settings, &Room { available, cache_share: HOST_SHARE })
     }
 
@@ -249,7 +271,7 @@ mod tests {
     #[test]
     fn models_share_a_gpu() {
         // 1,000 bytes each for weights and 100 for work; 64 bytes of cache for a token, 1,024 for a block.
-        let needs = Needs { weight_bytes: 1000, work_bytes: 100, number_bytes: 2 };
+        let needs = Needs { weight_bytes: 1000, work_bytes: 100, cache_dtype: DType::BF16 };
         let mut memory = Memory { available: Some(102_200), reserves: true, later: vec![needs, needs] };
         // 100,000 left for both caches: 45,000 for the first, then nine tenths of the rest.
         let first = memory.plan(&model(), &settings(100)).unwrap();

@@ -5,6 +5,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use candle_core::DType;
 use eurus::engine::{
     BlockPool, Counters, Event, Executor, Limits, Request, SamplingParams, Scheduler, ScoreRows, Task, TokenId,
     TokenLogProb,
@@ -13,6 +14,7 @@ use eurus::model::Model;
 use eurus::model::config::ModelConfig;
 use eurus::ops::parallel;
 use eurus::runner::Runner;
+use eurus::runner::kv_cache::KvCache;
 use tokio::sync::mpsc::{Receiver, channel};
 
 use crate::checkpoint::gguf;
@@ -232,8 +234,13 @@ fn check(preset: &str, kind: Kind) {
 
 #[track_caller]
 fn check_model(preset: &str, kind: Kind, model: impl Fn() -> Model) {
-    let mut reference = runner(model(), 40, 16);
-    let mut runners = BLOCK_SIZES.map(|block_size| runner(model(), (LEN_MAX + 24) / block_size + 201, block_size));
+    check_runner(preset, kind, |block_count, block_size| runner(model(), block_count, block_size));
+}
+
+#[track_caller]
+fn check_runner(preset: &str, kind: Kind, runner: impl Fn(usize, usize) -> Runner) {
+    let mut reference = runner(40, 16);
+    let mut runners = BLOCK_SIZES.map(|block_size| runner((LEN_MAX + 24) / block_size + 201, block_size));
     let mut total = Counters::default();
     let mut whole = 0;
     for number in 0..MIXES {
@@ -277,6 +284,15 @@ fn a_policy_that_multiplies_in_bf16_answers_the_same_in_any_company() {
         // Nothing is packed where the processor does not multiply bf16; then this is the test of float32.
         model.pack().unwrap();
         model
+    });
+}
+
+#[test]
+fn a_policy_with_a_cache_of_bf16_answers_the_same_in_any_company() {
+    check_runner("cache in bf16", Kind::Policy, |block_count, block_size| {
+        let model = gguf::model("bf16.gguf");
+        let cache = KvCache::of(&model, DType::BF16, block_count, block_size).unwrap();
+        Runner::new(model, cache)
     });
 }
 

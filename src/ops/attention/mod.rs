@@ -1,9 +1,9 @@
 //! Causal grouped-query attention over a block cache and over packed segments: shapes, checks and the cut into parallel pieces.
 //! The arithmetic of a row is `rows`, the same for both, so a row has the same bits however its sequence is stored or chunked.
 
-use super::lanes::Body;
+use super::lanes::{Body, Element};
 use super::parallel;
-use super::storage::{Shared, slice, written};
+use super::storage::{Shared, Weights, slice, written};
 use crate::error::Result;
 use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Storage, Tensor};
 use rows::{Heads, Rows, Span};
@@ -34,8 +34,8 @@ pub struct PagedBatch {
     pub window: Option<usize>,
 }
 
-/// Attention of `q` `[T, heads, head_dim]` over `k_cache` and `v_cache` `[blocks, kv_heads, block_size, head_dim]`, all f32, to
-/// `[T, heads * head_dim]`. Query head h reads key head h / (heads / kv_heads). Fails where the batch does not fit the tensors.
+/// Attention of `q` `[T, heads, head_dim]` f32 over `k_cache` and `v_cache` `[blocks, kv_heads, block_size, head_dim]`, f32, bf16 or
+/// f16, to `[T, heads * head_dim]` f32. Query head h reads key head h / (heads / kv_heads). Fails where the batch does not fit the tensors.
 pub fn paged_attention(
     q: &Tensor,
     k_cache: &Tensor,
@@ -113,10 +113,24 @@ impl CustomOp3 for Paged<'_> {
         let chunks = batch.chunks(blocks)?;
         let shape = Heads { heads, kv_heads, head_dim, window: batch.window, scale: self.scale };
         let q: &[f32] = slice("paged_attention", q, q_layout)?;
-        let k: &[f32] = slice("paged_attention", k, k_layout)?;
-        let v: &[f32] = slice("paged_attention", v, v_layout)?;
-        let out = attend(self.body, &shape, q, &chunks, |chunk, kv_head, positions, span| {
-            let table = &batch.tables[chunk];
+        let k = Weights::new("paged_attention", k, k_layout)?;
+        let v = Weights::new("paged_attention", v, v_layout)?;
+        let out = match (k, v) {
+            (Weights::F32(k), Weights::F32(v)) => self.attend(&shape, q, &chunks, k, v),
+            (Weights::Bf16(k), Weights::Bf16(v)) => self.attend(&shape, q, &chunks, k, v),
+            (Weights::F16(k), Weights::F16(v)) => self.attend(&shape, q, &chunks, k, v),
+            _ => candle_core::bail!("paged_attention: keys and values of different types"),
+        };
+        Ok((CpuStorage::F32(out), Shape::from((rows, heads * head_dim))))
+    }
+}
+
+impl Paged<'_> {
+    /// All chunks, over caches of any type.
+    fn attend<E: Element>(&self, shape: &Heads, q: &[f32], chunks: &[Chunk], k: &[E], v: &[E]) -> Vec<f32> {
+        let (block_size, kv_heads, head_dim) = (self.batch.block_size, shape.kv_heads, shape.head_dim);
+        attend(self.body, shape, q, chunks, |chunk, kv_head, positions, span| {
+            let table = &self.batch.tables[chunk];
             let mut position = positions.start;
             while position < positions.end {
                 let offset = position % block_size;
@@ -128,8 +142,7 @@ impl CustomOp3 for Paged<'_> {
                 }
                 position += count;
             }
-        });
-        Ok((CpuStorage::F32(out), Shape::from((rows, heads * head_dim))))
+        })
     }
 }
 
@@ -331,12 +344,12 @@ struct Piece {
 }
 
 /// All rows of all chunks; `fetch(chunk, kv_head, positions, span)` pushes the keys and values of those positions in order.
-fn attend<'a>(
+fn attend<'a, E: Element>(
     body: Body,
     shape: &Heads,
     q: &[f32],
     chunks: &[Chunk],
-    fetch: impl Fn(usize, usize, Range<usize>, &mut Span<'a>) + Sync,
+    fetch: impl Fn(usize, usize, Range<usize>, &mut Span<'a, E>) + Sync,
 ) -> Vec<f32> {
     let mut out = vec![0.0; q.len()];
     if q.is_empty() {

@@ -1,7 +1,7 @@
 //! The arithmetic of attention rows: online softmax over tiles that start at absolute multiples of a constant.
 //! A row's sums run over positions in order, so neither its neighbours nor the cut of its sequence can change a bit.
 
-use crate::ops::lanes::{Body, Isa, Kernel, LANES, add_products, widen_part};
+use crate::ops::lanes::{Body, Element, Isa, Kernel, LANES, add_products, widen_part};
 use crate::ops::storage::Shared;
 use std::ops::Range;
 
@@ -28,16 +28,16 @@ impl Heads {
 }
 
 /// Keys and values of consecutive positions inside of one tile, `[head_dim]` each.
-pub(super) struct Span<'a> {
-    keys: [&'a [f32]; TILE],
-    values: [&'a [f32]; TILE],
+pub(super) struct Span<'a, E> {
+    keys: [&'a [E]; TILE],
+    values: [&'a [E]; TILE],
     end: usize,
 }
 
-impl<'a> Span<'a> {
+impl<'a, E> Span<'a, E> {
     /// The next position.
     #[inline(always)]
-    pub(super) fn push(&mut self, key: &'a [f32], value: &'a [f32]) {
+    pub(super) fn push(&mut self, key: &'a [E], value: &'a [E]) {
         self.keys[self.end] = key;
         self.values[self.end] = value;
         self.end += 1;
@@ -45,10 +45,10 @@ impl<'a> Span<'a> {
 }
 
 /// Pushes the keys and values of the positions of a range, in order.
-pub(super) type Fetch<'a, 'kv> = &'a (dyn Fn(Range<usize>, &mut Span<'kv>) + 'a);
+pub(super) type Fetch<'a, 'kv, E> = &'a (dyn Fn(Range<usize>, &mut Span<'kv, E>) + 'a);
 
 /// Consecutive tokens `rows` of one sequence, the first at `position`, with all query heads that read `kv_head`.
-pub(super) struct Rows<'a, 'kv> {
+pub(super) struct Rows<'a, 'kv, E> {
     pub(super) body: Body,
     pub(super) shape: &'a Heads,
     /// `[T, heads, head_dim]`
@@ -58,10 +58,10 @@ pub(super) struct Rows<'a, 'kv> {
     pub(super) rows: Range<usize>,
     pub(super) position: usize,
     pub(super) kv_head: usize,
-    pub(super) fetch: Fetch<'a, 'kv>,
+    pub(super) fetch: Fetch<'a, 'kv, E>,
 }
 
-impl Rows<'_, '_> {
+impl<E: Element> Rows<'_, '_, E> {
     /// Computes the rows and writes them.
     pub(super) fn compute(&self) {
         let mut state = self.start();
@@ -128,7 +128,7 @@ impl Rows<'_, '_> {
     }
 
     /// A few queries over the tile that starts at position `first`; C vectors at a time.
-    fn attend<const C: usize>(&self, state: &mut State, group: Range<usize>, values: &[&[f32]; TILE], first: usize) {
+    fn attend<const C: usize>(&self, state: &mut State, group: Range<usize>, values: &[&[E]; TILE], first: usize) {
         let mut seen = [const { 0..0 }; FEW];
         for (seen, query) in seen.iter_mut().zip(group.clone()) {
             let all = self.shape.seen(self.position + query / self.share());
@@ -183,12 +183,12 @@ impl Rows<'_, '_> {
         &self,
         state: &mut State,
         first: usize,
-        values: &[&[f32]; TILE],
+        values: &[&[E]; TILE],
         range: Range<usize>,
     ) {
         let sums = &mut state.sums[first * state.width..][..R * state.width];
         if let Some(weights) = state.scores[first..].first_chunk() {
-            self.body.run(AddValues::<R, C> { weights, values, range, sums });
+            self.body.run(AddValues::<E, R, C> { weights, values, range, sums });
         }
     }
 }
@@ -212,14 +212,14 @@ struct State {
 }
 
 /// `turned[d][j]` = `keys[j][d]` for the positions j in `range`; rounded outwards to whole vectors, filled with zeros.
-struct Turn<'a> {
-    keys: &'a [&'a [f32]; TILE],
+struct Turn<'a, E> {
+    keys: &'a [&'a [E]; TILE],
     range: Range<usize>,
     head_dim: usize,
     turned: &'a mut [[f32; TILE]],
 }
 
-impl Kernel for Turn<'_> {
+impl<E: Element> Kernel for Turn<'_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -332,15 +332,15 @@ fn largest<I: Isa>(isa: I, scores: &[[f32; LANES]], old: f32) -> f32 {
 }
 
 /// `sums[r][d]` += `weights[r][j]` * `values[j][d]` for the positions j in `range`, in order.
-struct AddValues<'a, const R: usize, const C: usize> {
+struct AddValues<'a, E, const R: usize, const C: usize> {
     weights: &'a [[f32; TILE]; R],
-    values: &'a [&'a [f32]; TILE],
+    values: &'a [&'a [E]; TILE],
     range: Range<usize>,
     /// `[R, width]`
     sums: &'a mut [f32],
 }
 
-impl<const R: usize, const C: usize> Kernel for AddValues<'_, R, C> {
+impl<E: Element, const R: usize, const C: usize> Kernel for AddValues<'_, E, R, C> {
     type Output = ();
 
     #[inline(always)]
@@ -359,7 +359,7 @@ impl<const R: usize, const C: usize> Kernel for AddValues<'_, R, C> {
     }
 }
 
-impl<const R: usize, const C: usize> AddValues<'_, R, C> {
+impl<E: Element, const R: usize, const C: usize> AddValues<'_, E, R, C> {
     /// N vectors from `d` on.
     #[inline(always)]
     fn columns<I: Isa, const N: usize>(&mut self, isa: I, d: usize, width: usize) {
@@ -374,7 +374,7 @@ impl<const R: usize, const C: usize> AddValues<'_, R, C> {
             let mut value = [isa.splat(0.0); N];
             if let Some(full) = row.get(..N * LANES) {
                 for (value, full) in value.iter_mut().zip(full.as_chunks().0) {
-                    *value = isa.load(full);
+                    *value = E::widen(isa, full);
                 }
             } else {
                 // The end of a head_dim that is no multiple of the lanes.

@@ -79,11 +79,11 @@ struct Cache {
 }
 
 impl Cache {
-    fn new(case: &Case, block_size: usize, lens: &[usize]) -> Self {
+    fn new(case: &Case, dtype: DType, block_size: usize, lens: &[usize]) -> Self {
         let needed: usize = lens.iter().map(|len| len.div_ceil(block_size)).sum();
         let blocks = needed + 3;
         let shape = (blocks, case.kv_heads, block_size, case.head_dim);
-        let nan = Tensor::full(f32::NAN, shape, &Device::Cpu).unwrap();
+        let nan = Tensor::full(f32::NAN, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
         let mut free: Vec<u32> = (0..blocks as u32).collect();
         free.sort_by_key(|block| (u64::from(*block) * 7919 + 13) % 101);
         let tables = lens.iter().map(|len| free.split_off(free.len() - len.div_ceil(block_size))).collect();
@@ -139,10 +139,15 @@ fn paged_is_packed_bit_for_bit_whatever_the_blocks_chunks_and_neighbours() {
     for (index, case) in CASES.iter().enumerate() {
         let width = case.heads * case.head_dim;
         let inputs: Vec<_> = (0..3).map(|s| case.inputs(10 * index as u64 + s, lens[s as usize])).collect();
-        let expected: Vec<_> = inputs.iter().zip(lens).map(|(inputs, len)| case.packed(inputs, &[0, len])).collect();
-        for block_size in [1, 4, 16, 24] {
+        let f32 = DType::F32;
+        for (dtype, block_size) in [(f32, 1), (f32, 4), (f32, 16), (f32, 24), (DType::BF16, 16), (DType::F16, 4)] {
+            // A cache of fewer bits is one of f32 that was given what it can hold.
+            let held = |x: &Tensor| x.to_dtype(dtype).unwrap().to_dtype(f32).unwrap();
+            let all = inputs.iter().zip(lens);
+            let expected: Vec<_> =
+                all.map(|([q, k, v], len)| case.packed(&[q.clone(), held(k), held(v)], &[0, len])).collect();
             for step in [1, 5, 64, 150] {
-                let cache = Cache::new(case, block_size, &lens);
+                let cache = Cache::new(case, dtype, block_size, &lens);
                 // All sequences together, `step` positions of each at a time.
                 for first in (0..150).step_by(step) {
                     let parts: Vec<_> = lens.iter().map(|&len| first.min(len)..(first + step).min(len)).collect();
@@ -157,8 +162,9 @@ fn paged_is_packed_bit_for_bit_whatever_the_blocks_chunks_and_neighbours() {
                     let batch = cache.batch(case, starts.clone(), parts.iter().map(|p| p.end).collect());
                     let got = cache.attend(Body::best(), case, &q, &batch);
                     for (s, part) in parts.iter().enumerate() {
-                        let what =
-                            format!("case {index}, blocks of {block_size}, steps of {step}, sequence {s}, {part:?}");
+                        let what = format!(
+                            "case {index}, {dtype:?}, blocks of {block_size}, steps of {step}, sequence {s}, {part:?}"
+                        );
                         let got = &got[starts[s] * width..starts[s + 1] * width];
                         check_bits(&what, got, &expected[s][part.start * width..part.end * width]);
                     }
@@ -174,7 +180,7 @@ fn every_body_and_number_of_threads_gives_the_same_bits() {
     for (index, case) in CASES.iter().enumerate() {
         let inputs = case.inputs(index as u64, 130);
         let expected = case.packed(&inputs, &[0, 130]);
-        let cache = Cache::new(case, 16, &[130]);
+        let cache = Cache::new(case, DType::F32, 16, &[130]);
         cache.write(0, &inputs, 0..130);
         let batch = cache.batch(case, vec![0, 130], vec![130]);
         for body in Body::all() {
@@ -192,7 +198,7 @@ fn every_body_and_number_of_threads_gives_the_same_bits() {
 fn batches_that_do_not_fit_are_errors() {
     let case = &CASES[0];
     let inputs = case.inputs(1, 8);
-    let cache = Cache::new(case, 4, &[8]);
+    let cache = Cache::new(case, DType::F32, 4, &[8]);
     let good = cache.batch(case, vec![0, 8], vec![8]);
     let run = |batch: &PagedBatch| paged_attention(&inputs[0], &cache.k, &cache.v, batch, SCALE);
     assert!(run(&good).is_ok());

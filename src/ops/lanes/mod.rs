@@ -52,8 +52,13 @@ pub(super) trait Isa: Copy + Send + Sync {
     fn scale_by_power(self, v: Self::V, t: Self::V) -> Self::V;
     fn splat_int(self, x: i32) -> Self::Q;
     fn load_bytes(self, x: &[u8; 4 * LANES]) -> Self::Q;
+    fn store_bytes(self, q: Self::Q, out: &mut [u8; 4 * LANES]);
+    /// The lowest byte of every lane.
+    fn store_low_bytes(self, v: Self::V, out: &mut [u8; LANES]);
     fn and(self, a: Self::Q, b: Self::Q) -> Self::Q;
     fn or(self, a: Self::Q, b: Self::Q) -> Self::Q;
+    /// Every byte of `a` less that of `b`, modulo 256.
+    fn sub_bytes(self, a: Self::Q, b: Self::Q) -> Self::Q;
     /// Every i32 by `n` bits, zeros behind.
     fn shift_left(self, a: Self::Q, n: u32) -> Self::Q;
     /// Every i32 by `n` bits, zeros before.
@@ -77,6 +82,19 @@ pub(super) trait Isa: Copy + Send + Sync {
             }
         }
         lanes[0]
+    }
+
+    /// The largest lane, 0 where none is above; lanes must be numbers.
+    #[inline(always)]
+    fn largest(self, v: Self::V) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(v, &mut lanes);
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                lanes[i] = if lanes[i] > lanes[i + half] { lanes[i] } else { lanes[i + half] };
+            }
+        }
+        if lanes[0] > 0.0 { lanes[0] } else { 0.0 }
     }
 
     /// [`Isa::sum`] of four vectors.
@@ -322,14 +340,24 @@ mod tests {
             let (p, q) = (isa.load_bytes(&bytes(6)), isa.load_bytes(&bytes(7).map(|byte| byte.max(0x81))));
             let mut ints =
                 vec![isa.splat_int(-7), isa.and(p, q), isa.or(p, q), isa.shift_left(p, 3), isa.shift_right(p, 5)];
+            ints.push(isa.sub_bytes(p, q));
             ints.extend([
                 isa.dot4(isa.shift_right(p, 9), p, q),
                 isa.dot4(q, isa.splat_int(-1), isa.splat_int(0x7f7f_7f7f)),
             ]);
             ints.push(isa.dot4(isa.splat_int(1), isa.splat_int(-1), isa.splat_int(0x8181_8181_u32.cast_signed())));
+            for ints in &ints {
+                let mut stored = [0; 4 * LANES];
+                isa.store_bytes(*ints, &mut stored);
+                results.push(isa.to_float(isa.load_bytes(&stored)));
+            }
             results.extend(ints.into_iter().map(|ints| isa.to_float(ints)));
+            let mut few = [0; LANES];
+            isa.store_low_bytes(v[9], &mut few);
+            results.push(isa.widen_u8(&few));
             let few: [u8; LANES] = std::array::from_fn(|i| bytes(8)[i]);
             results.extend([isa.widen_u8(&few), isa.widen_i8(&few)]);
+            results.push(isa.splat(isa.largest(b)));
             let mut out: Vec<f32> = isa.sum4([a, b, c, v[3]]).into();
             out.extend([a, b, c, v[3]].map(|v| isa.sum(v)));
             for result in results {

@@ -101,8 +101,27 @@ impl Isa for Portable {
     }
 
     #[inline(always)]
+    fn store_bytes(self, q: Q, out: &mut [u8; 4 * LANES]) {
+        let (fours, _) = out.as_chunks_mut();
+        fours.iter_mut().zip(q).for_each(|(four, q)| *four = q.to_le_bytes());
+    }
+
+    #[inline(always)]
+    fn store_low_bytes(self, v: V, out: &mut [u8; LANES]) {
+        out.iter_mut().zip(v).for_each(|(out, x)| *out = x.to_bits() as u8);
+    }
+
+    #[inline(always)]
     fn and(self, a: Q, b: Q) -> Q {
         std::array::from_fn(|i| a[i] & b[i])
+    }
+
+    #[inline(always)]
+    fn sub_bytes(self, a: Q, b: Q) -> Q {
+        std::array::from_fn(|i| {
+            let (a, b) = (a[i].to_le_bytes(), b[i].to_le_bytes());
+            i32::from_le_bytes(std::array::from_fn(|j| a[j].wrapping_sub(b[j])))
+        })
     }
 
     #[inline(always)]

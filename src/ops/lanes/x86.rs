@@ -155,6 +155,28 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn store_bytes(self, q: __m512i, out: &mut [u8; 4 * LANES]) {
+        // SAFETY: AVX-512F, and 64 writable bytes; no alignment is asked for.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), q) }
+    }
+
+    #[inline(always)]
+    fn store_low_bytes(self, v: __m512, out: &mut [u8; LANES]) {
+        // SAFETY: AVX-512F, and 16 writable bytes; no alignment is asked for.
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(_mm512_castps_si512(v))) }
+    }
+
+    #[inline(always)]
+    fn sub_bytes(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: AVX-512F, which has no bytes: no borrow leaves a byte whose highest bit is set in `a` and clear in `b`; that bit follows.
+        unsafe {
+            let high = _mm512_set1_epi32(0x8080_8080_u32.cast_signed());
+            let low = _mm512_sub_epi32(_mm512_or_si512(a, high), _mm512_andnot_si512(high, b));
+            _mm512_xor_si512(low, _mm512_andnot_si512(_mm512_xor_si512(a, b), high))
+        }
+    }
+
+    #[inline(always)]
     fn and(self, a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: AVX-512F.
         unsafe { _mm512_and_si512(a, b) }
@@ -440,6 +462,34 @@ impl Isa for Avx2 {
     fn load_bytes(self, x: &[u8; 4 * LANES]) -> [__m256i; 2] {
         // SAFETY: AVX, and twice 32 readable bytes; no alignment is asked for.
         unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x[32..].as_ptr().cast())] }
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, q: [__m256i; 2], out: &mut [u8; 4 * LANES]) {
+        // SAFETY: AVX, and twice 32 writable bytes; no alignment is asked for.
+        unsafe {
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), q[0]);
+            _mm256_storeu_si256(out[32..].as_mut_ptr().cast(), q[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn store_low_bytes(self, v: [__m256; 2], out: &mut [u8; LANES]) {
+        // SAFETY: AVX2, and 16 writable bytes; no alignment is asked for.
+        unsafe {
+            let low = _mm256_set1_epi32(0xff);
+            let [first, last] = v.map(|v| _mm256_and_si256(_mm256_castps_si256(v), low));
+            // Packing works in halves of registers: four lanes of `first`, four of `last`, and again.
+            let pairs = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(first, last));
+            let bytes = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
+        }
+    }
+
+    #[inline(always)]
+    fn sub_bytes(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: AVX2.
+        unsafe { [_mm256_sub_epi8(a[0], b[0]), _mm256_sub_epi8(a[1], b[1])] }
     }
 
     #[inline(always)]

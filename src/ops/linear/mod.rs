@@ -18,6 +18,7 @@ mod device;
 mod dot;
 mod float;
 mod gradient;
+mod matrix;
 mod packed;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
@@ -81,7 +82,7 @@ impl Linear {
         weight
     }
 
-    /// Lays a bf16 weight out for products with activations rounded to bf16, about twice as fast for prompts and batches where the
+    /// Lays a bf16 weight out for products with activations rounded to bf16, two to four times as fast for prompts and batches where the
     /// processor has an instruction for it; other weights, and all on other processors, stay as they are. Not to be trained then.
     /// Returns whether it did.
     ///

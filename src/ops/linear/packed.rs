@@ -1,11 +1,15 @@
 //! Serving bf16 weights with activations rounded to bf16: half the work of float32 where the processor multiplies pairs of bf16.
 //! Weights lie in panels of columns, pairs of neighbours along k: read in order for one row, and no packing for many.
-//! Every sum is one chain over k, so rows, threads and panels change no bit; another processor may.
+//! Every sum is one chain over k, so rows, threads and panels change no bit; another processor may. Where there is a matrix unit, panels
+//! are multiplied there, by `matrix`.
 
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Storage, Tensor};
 use half::bf16;
 
-use super::blocks::{HEIGHT, VECTORS, WIDTH};
+use super::blocks::{HEIGHT, Sizes, VECTORS, WIDTH};
+use super::brain::Left;
+use super::float;
+use super::matrix::{Panels, Unit};
 use super::pairs::{Pair, Pairs};
 use crate::error::Result;
 use crate::ops::lanes::LANES;
@@ -77,6 +81,12 @@ impl CustomOp2 for Product {
         let x: &[f32] = slice(self.name(), x, x_layout)?;
         let panels: &[bf16] = slice(self.name(), panels, panels_layout)?;
         let steps = k / 2;
+        if let (Some(unit), true) = (Unit::detect(), Unit::takes(k)) {
+            let sizes = Sizes { rows, columns: self.columns, k };
+            let product = unit.product(Left::Rows(x), sizes);
+            let y = float::fresh(sizes, |emit| product.compute(Panels::Stored(panels), emit));
+            return Ok((CpuStorage::F32(y), Shape::from((rows, self.columns))));
+        }
         let x = parallel::filled(rows * steps, HEIGHT * steps, |index, out: &mut [Pair]| {
             pairs.rows(&x[index * HEIGHT * k..][..2 * out.len()], k, out);
         });

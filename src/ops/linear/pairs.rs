@@ -44,6 +44,19 @@ impl Pairs {
         run(&Product { multiply: self, left, sizes: Sizes { k: steps, ..sizes }, order: Order::Chain })
     }
 
+    /// The rows from `first` on of the left operand, at most sixteen, to rows of `steps` pairs, which were zeros.
+    pub(super) fn lay_out(self, a: Left<'_>, sizes: Sizes, first: usize, steps: usize, out: &mut [Pair]) {
+        match a {
+            Left::Rows(a) => {
+                let rows = a[first * sizes.k..].chunks_exact(sizes.k).zip(out.chunks_exact_mut(steps));
+                // SAFETY: `self` is proof of the features.
+                rows.for_each(|(row, out)| unsafe { pairs_of_row(row, out) });
+            }
+            // SAFETY: the same.
+            Left::Columns(a) => unsafe { self.turn_rows(a, sizes.rows, first, steps, out) },
+        }
+    }
+
     /// Columns from `first` on of `b` to a panel of pairs.
     pub(super) fn pack(self, b: Right<'_>, sizes: Sizes, first: usize, panel: &mut [Line<Pair>]) {
         let (columns, k) = (sizes.columns, sizes.k);
@@ -78,6 +91,22 @@ impl Pairs {
     pub(super) fn dots<const R: usize>(self, x: [&[Pair]; R], panel: &[bf16]) -> [[[f32; LANES]; VECTORS]; R] {
         // SAFETY: `self` is proof of the features.
         unsafe { dots(x, panel) }
+    }
+
+    /// Sixteen rows, or fewer, of aT for `a` `[k, rows]`, from `first` on.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn turn_rows(self, a: &[f32], rows: usize, first: usize, steps: usize, out: &mut [Pair]) {
+        let count = LANES.min(rows - first);
+        for (block, lines) in a.chunks(2 * LANES * rows).enumerate() {
+            let mut pairs = [_mm512_setzero_ps(); LANES];
+            for (pairs, two) in pairs.iter_mut().zip(lines.chunks(2 * rows)) {
+                let odd = two.get(rows + first..rows + first + count).unwrap_or(&[0.0; LANES][..count]);
+                *pairs = _mm512_castsi512_ps(pairs_across(&two[first..first + count], odd));
+            }
+            for (pairs, row) in self.0.transpose(pairs).iter().zip(out.chunks_exact_mut(steps)) {
+                store(_mm512_castps_si512(*pairs), &mut row[block * LANES..(block + 1) * LANES]);
+            }
+        }
     }
 
     /// Sixteen columns of k numbers, or fewer, to one vector of every line.
@@ -126,9 +155,15 @@ fn pairs_of_row(row: &[f32], out: &mut [Pair]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn pairs_of_columns(even: &[f32], odd: &[f32], out: &mut [Pair]) {
     for ((even, odd), out) in even.chunks(LANES).zip(odd.chunks(LANES)).zip(out.chunks_mut(LANES)) {
-        let (even, odd) = (widened(even), widened(odd));
-        store(_mm512_or_si512(even, _mm512_slli_epi32::<16>(odd)), out);
+        store(pairs_across(even, odd), out);
     }
+}
+
+/// Pairs of one number of `even` and one of `odd` each, at most sixteen.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pairs_across(even: &[f32], odd: &[f32]) -> __m512i {
+    _mm512_or_si512(widened(even), _mm512_slli_epi32::<16>(widened(odd)))
 }
 
 /// At most sixteen numbers as bf16, each in the low half of its lane.

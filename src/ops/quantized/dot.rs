@@ -4,7 +4,8 @@
 
 use super::formats::{COLUMNS, GROUP, Q4K, Q5K, Q6K, Q40, Q80, Unpack, negative_min};
 use super::tiles::record_bytes;
-use super::{Format, Matrix, TOGETHER};
+use super::{Format, Matrix, TOGETHER, matrix};
+use crate::ops::amx::Amx;
 use crate::ops::lanes::{Body, Isa, Kernel, LANES};
 use crate::ops::parallel;
 use crate::ops::storage::{Shared, slice, written};
@@ -17,15 +18,15 @@ const PREFETCH_BYTES: usize = 4096;
 
 /// 32 activations.
 #[derive(Clone, Copy, Default)]
-struct Group {
+pub(super) struct Group {
     /// Four signed codes each.
-    codes: [i32; 8],
+    pub(super) codes: [i32; 8],
     /// What the sums of codes times codes begin with, of the first and the last sixteen: the zero of the weight's codes taken off.
     begins: [i32; 2],
     /// What codes are multiplied by.
-    scale: f32,
+    pub(super) scale: f32,
     /// The sum of the activations, as rounded: what a minimum is multiplied by.
-    sum: f32,
+    pub(super) sum: f32,
 }
 
 /// `x` `[T, k]` f32 and the tiles of `matrices`, u8, whose rows follow each other, to `[T, out]` f32.
@@ -81,10 +82,22 @@ struct Operands<'a> {
 }
 
 /// Where results go: columns from `first` on of `columns` in all.
-struct Output<'a> {
+pub(super) struct Output<'a> {
     y: &'a Shared<'a, f32>,
     first: usize,
     columns: usize,
+}
+
+impl Output<'_> {
+    /// Puts the sums of a row into its columns from `column` on.
+    ///
+    /// # Safety
+    /// Every sum may be handed out once.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn write(&self, row: usize, column: usize, sums: &[f32]) {
+        // SAFETY: nobody else has these places (the caller's promise).
+        unsafe { self.y.write(row * self.columns + self.first + column, sums) }
+    }
 }
 
 fn product(body: Body, operands: Operands<'_>, out: &Output<'_>) {
@@ -103,6 +116,9 @@ fn of<F: Unpack>(body: Body, Operands { x, tiles, matrix }: Operands<'_>, out: &
     let x: Vec<Group> = parallel::filled(rows * groups, groups, |row, out: &mut [Group]| {
         body.run(Round { x: &x[row * k..][..k], out, zero: F::FORMAT.zero(), scales: F::SCALES });
     });
+    if let (Some(unit), true) = (Amx::detect(), rows >= matrix::ROWS_MIN && body.is_wide()) {
+        return matrix::product::<F>((body, unit), &x, groups, (tiles, matrix), out);
+    }
     // Of few rows, memory is the limit, which likes long runs: tiles that lie together advance together, where the registers hold the
     // sums of both. Of many, arithmetic, where threads should end together.
     let together = rows <= HEIGHT / 2 && body.is_wide();
@@ -115,11 +131,10 @@ fn of<F: Unpack>(body: Body, Operands { x, tiles, matrix }: Operands<'_>, out: &
             let records = &tiles[first * tile_bytes..][..count * tile_bytes];
             let mut emit = |row: usize, c: usize, sums: &[f32; COLUMNS]| {
                 let column = (first + c) * COLUMNS;
-                // SAFETY: every sum is handed out once, to a place of its own.
+                // SAFETY: every sum is handed out once.
                 #[allow(unsafe_code)]
                 unsafe {
-                    let place = row * out.columns + out.first + column;
-                    out.y.write(place, &sums[..COLUMNS.min(columns - column)]);
+                    out.write(row, column, &sums[..COLUMNS.min(columns - column)]);
                 }
             };
             if together && count == TOGETHER {
@@ -270,20 +285,20 @@ impl Kernel for Round<'_> {
                 most = isa.max(part, isa.max(isa.sub(zeros, part), most));
                 poison = isa.fma(part, zeros, poison);
             }
-            let mut lanes = [0.0; LANES];
-            isa.store(most, &mut lanes);
-            let largest = lanes.iter().fold(0.0, |most: f32, x| if *x > most { *x } else { most });
+            let largest = isa.largest(most);
             // Not a number where an activation is none, or infinite.
             let scale = largest / 127.0 + isa.sum(poison);
             let inverse = isa.splat(if largest > 0.0 { 127.0 / largest } else { 0.0 });
             let mut sums = [0; 2];
             for (half, part) in parts.into_iter().enumerate() {
-                isa.store(isa.fma(part, inverse, isa.splat(MAGIC)), &mut lanes);
-                for (codes, lanes) in out.codes[4 * half..].iter_mut().zip(lanes.as_chunks::<4>().0) {
-                    let bytes = lanes.map(|lane| lane.to_bits() as u8);
-                    *codes = i32::from_le_bytes(bytes);
-                    sums[half] += bytes.iter().map(|byte| i32::from(byte.cast_signed())).sum::<i32>();
+                let rounded = isa.fma(part, inverse, isa.splat(MAGIC));
+                let mut bytes = [0; LANES];
+                isa.store_low_bytes(rounded, &mut bytes);
+                for (codes, bytes) in out.codes[4 * half..].iter_mut().zip(bytes.as_chunks().0) {
+                    *codes = i32::from_le_bytes(*bytes);
                 }
+                // Small integers: the sum is exact. Where an activation is no number the scale tells, whatever this is.
+                sums[half] = isa.sum(isa.sub(rounded, isa.splat(MAGIC))) as i32;
             }
             let all = sums[0] + sums[1];
             out.begins = if self.scales == 2 { sums } else { [all, 0] }.map(|sum| -self.zero * sum);

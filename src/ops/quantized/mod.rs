@@ -9,6 +9,7 @@ use candle_core::{Storage, Tensor};
 mod blocks;
 mod dot;
 mod formats;
+mod matrix;
 mod quantize;
 mod search;
 mod tiles;

@@ -106,7 +106,8 @@ fn products_are_those_of_rounded_activations_with_the_numbers_of_the_rows() {
 #[test]
 fn a_row_has_the_same_bits_in_every_batch_on_every_body_and_with_any_threads() {
     for format in Format::ALL {
-        let (rows, columns, k) = (27, 50, 512);
+        // An odd number of groups where blocks allow it.
+        let (rows, columns, k) = (27, 50, 512 + format.block_len());
         let weight = weight(format, columns, k);
         let x = Tensor::from_vec(numbers(2, rows * k), (rows, k), &Device::Cpu).unwrap();
         let product = |body, x: &Tensor| {

@@ -1,0 +1,278 @@
+//! The matrix unit of recent Intel server processors (AMX): eight registers of sixteen rows of 64 bytes, and instructions that add the
+//! product of two of them to a third. Owns whether there is one, its set-up in a thread and the innermost loops; what is multiplied in
+//! which layout is the business of `linear::matrix`. Written as assembly because the compiler's own functions for it are not stable.
+#![allow(unsafe_code)]
+
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid_count, _MM_HINT_T0, _mm_prefetch};
+use std::marker::PhantomData;
+use std::sync::OnceLock;
+
+/// Rows of a register.
+pub(super) const ROWS: usize = 16;
+/// Columns of a product of bf16: four registers of sixteen sums.
+const COLUMNS: usize = 64;
+/// Pairs along k that one instruction takes.
+pub(super) const PAIRS: usize = 16;
+/// Bytes of a panel that one step reads: sixteen pairs of 64 columns.
+const STEP_BYTES: usize = PAIRS * COLUMNS * 4;
+/// How far ahead of use a panel is asked for where it comes from memory.
+const PREFETCH_BYTES: usize = 8192;
+
+/// Proof that this processor has the unit and that the system lets this process use it.
+#[derive(Clone, Copy)]
+pub(super) struct Amx(());
+
+/// How the sums of a product begin.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Begin {
+    /// With zeros.
+    Zeros,
+    /// With what was there.
+    Sums,
+}
+
+/// Where the right operand comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum From {
+    /// It is read again and again.
+    Cache,
+    /// It is read once.
+    Memory,
+}
+
+impl Amx {
+    pub(super) fn detect() -> Option<Self> {
+        static AVAILABLE: OnceLock<bool> = OnceLock::new();
+        AVAILABLE.get_or_init(available).then_some(Self(()))
+    }
+
+    /// The registers of this thread until they are dropped, set up for left operands of `rows` rows of `bytes` bytes, one to sixteen and
+    /// a multiple of four up to 64.
+    pub(super) fn registers(self, rows: usize, bytes: usize) -> Registers {
+        assert!((1..=ROWS).contains(&rows) && (4..=64).contains(&bytes) && bytes.is_multiple_of(4));
+        let mut set_up = SetUp { palette: 1, ..SetUp::default() };
+        // Four registers of sums, one of the left operand, three of right ones.
+        set_up.row_bytes[..8].fill(64);
+        set_up.row_bytes[4] = bytes as u16;
+        set_up.rows[..5].fill(rows as u8);
+        set_up.rows[5..8].fill((bytes / 4) as u8);
+        // SAFETY: `self` is proof of the unit; the structure is what the instruction reads.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const set_up, options(nostack, preserves_flags)) };
+        Registers { rows, bytes, thread: PhantomData }
+    }
+}
+
+/// What `ldtilecfg` reads (Intel's Software Developer's Manual, volume 1, 18.3.1).
+#[derive(Default)]
+#[repr(C, align(64))]
+struct SetUp {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// Whether processor and system have it. Linux wants to be asked before a process uses so large registers.
+fn available() -> bool {
+    /// Leaf 7 of CPUID, EDX: AMX-BF16, AMX-TILE, AMX-INT8.
+    const UNIT: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+    if !is_x86_feature_detected!("avx512f") || __cpuid_count(7, 0).edx & UNIT != UNIT {
+        return false;
+    }
+    // SAFETY: the call has no other effect than the permission.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+}
+
+/// Products of signed bytes, sixteen rows and columns.
+#[repr(C, align(64))]
+pub(super) struct Dots(pub(super) [[[u8; 64]; ROWS]; 2]);
+
+/// The registers of one thread, in use.
+pub(super) struct Registers {
+    rows: usize,
+    bytes: usize,
+    /// They stay with their thread.
+    thread: PhantomData<*mut ()>,
+}
+
+impl Drop for Registers {
+    fn drop(&mut self) {
+        // SAFETY: the registers are in use until here. Without this every switch of threads would save them.
+        unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) };
+    }
+}
+
+impl Registers {
+    /// `sums` `[rows, 64]` (+)= the product of `left`, rows of pairs of bf16 that lie `across` apart, and `right` `[pairs, 64]`, pairs of
+    /// bf16 whose number is a multiple of sixteen. A sum over k is, for every 32 numbers in order: the products of the even ones in one
+    /// chain of fused multiply-adds from zero, those of the odd ones in another, the two added, the result added to the sum; subnormal
+    /// numbers count as zeros (Intel's Software Developer's Manual, TDPBF16PS).
+    pub(super) fn multiply_bf16<P>(
+        &self,
+        begin: Begin,
+        left: (&[u32], usize),
+        right: (&[P], From),
+        sums: &mut [[f32; COLUMNS]],
+    ) {
+        let ((left, across), (right, from)) = (left, right);
+        let steps = size_of_val(right) / STEP_BYTES;
+        assert!(size_of_val(right).is_multiple_of(STEP_BYTES) && sums.len() == self.rows);
+        assert!(left.len() >= (self.rows - 1) * across + steps * PAIRS);
+        let (a, b, row_bytes) = (left.as_ptr().cast::<u8>(), right.as_ptr().cast::<u8>(), 4 * COLUMNS);
+        // SAFETY: the registers are set up for operands of these sizes, which are checked above; the compiler uses none of them.
+        unsafe {
+            match begin {
+                Begin::Zeros => asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    options(nomem, nostack, preserves_flags)
+                ),
+                Begin::Sums => asm!(
+                    "tileloadd tmm0, [{sums} + {row}]",
+                    "tileloadd tmm1, [{sums} + {row} + 64]",
+                    "tileloadd tmm2, [{sums} + {row} + 128]",
+                    "tileloadd tmm3, [{sums} + {row} + 192]",
+                    sums = in(reg) sums.as_ptr(), row = in(reg) row_bytes,
+                    options(readonly, nostack, preserves_flags)
+                ),
+            }
+            for step in 0..steps {
+                let b = b.add(step * STEP_BYTES);
+                if from == From::Memory {
+                    for line in 0..STEP_BYTES / 64 {
+                        _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(PREFETCH_BYTES + 64 * line).cast());
+                    }
+                }
+                asm!(
+                    "tileloadd tmm4, [{a} + {across}]",
+                    "tileloadd tmm5, [{b} + {row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm5",
+                    "tileloadd tmm6, [{b} + {row} + 64]",
+                    "tdpbf16ps tmm1, tmm4, tmm6",
+                    "tileloadd tmm7, [{b} + {row} + 128]",
+                    "tdpbf16ps tmm2, tmm4, tmm7",
+                    "tileloadd tmm5, [{b} + {row} + 192]",
+                    "tdpbf16ps tmm3, tmm4, tmm5",
+                    a = in(reg) a.add(step * PAIRS * 4), across = in(reg) across * 4, b = in(reg) b, row = in(reg) row_bytes,
+                    options(readonly, nostack, preserves_flags)
+                );
+            }
+            asm!(
+                "tilestored [{sums} + {row}], tmm0",
+                "tilestored [{sums} + {row} + 64], tmm1",
+                "tilestored [{sums} + {row} + 128], tmm2",
+                "tilestored [{sums} + {row} + 192], tmm3",
+                sums = in(reg) sums.as_mut_ptr(), row = in(reg) row_bytes,
+                options(nostack, preserves_flags)
+            );
+        }
+    }
+
+    /// The products of two left operands `[16, bytes]` of signed bytes, whose rows lie `across` bytes apart, and two right ones
+    /// `[bytes / 4, 16, 4]`: `dots[i][row][column]` as i32.
+    #[inline(always)]
+    pub(super) fn multiply_int8(&self, left: [&[u8]; 2], across: usize, right: [&[[u8; 64]]; 2], dots: &mut Dots) {
+        assert!(self.rows == ROWS && left.iter().all(|left| left.len() >= (ROWS - 1) * across + self.bytes));
+        assert!(right.iter().all(|right| right.len() == self.bytes / 4));
+        // SAFETY: the registers are set up for operands of these sizes, which are checked above; the compiler uses none of them.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tileloadd tmm4, [{a} + {across}]",
+                "tileloadd tmm5, [{b} + {row}]",
+                "tdpbssd tmm0, tmm4, tmm5",
+                "tilezero tmm1",
+                "tileloadd tmm4, [{next_a} + {across}]",
+                "tileloadd tmm6, [{next_b} + {row}]",
+                "tdpbssd tmm1, tmm4, tmm6",
+                "tilestored [{dots} + {row}], tmm0",
+                "tilestored [{dots} + {row} + 1024], tmm1",
+                a = in(reg) left[0].as_ptr(), next_a = in(reg) left[1].as_ptr(), across = in(reg) across,
+                b = in(reg) right[0].as_ptr(), next_b = in(reg) right[1].as_ptr(), row = in(reg) 64usize,
+                dots = in(reg) dots.0.as_mut_ptr(), options(nostack, preserves_flags)
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::*;
+    use crate::ops::samples::{check_bits, numbers};
+    use half::bf16;
+
+    /// The order that `multiply_bf16` promises, number by number.
+    fn chains(sum: f32, a: &[bf16], b: impl Fn(usize) -> bf16) -> f32 {
+        let product = |chain: f32, i: usize| a[i].to_f32().mul_add(b(i).to_f32(), chain);
+        (0..a.len()).step_by(2 * PAIRS).fold(sum, |sum, first| {
+            let [even, odd] = [0, 1].map(|odd| (first + odd..first + 2 * PAIRS).step_by(2).fold(0.0, product));
+            sum + (even + odd)
+        })
+    }
+
+    #[test]
+    fn products_of_bf16_are_chains_of_even_and_odd_numbers() {
+        let Some(amx) = Amx::detect() else { return };
+        let round = |x: Vec<f32>| x.into_iter().map(bf16::from_f32).collect::<Vec<_>>();
+        for (rows, k) in [(1, 32), (5, 64), (16, 320)] {
+            // Rows further apart than they are long.
+            let (across, a, b) = (k + 2, round(numbers(1, rows * (k + 2))), round(numbers(2, k * COLUMNS)));
+            let left: Vec<u32> =
+                a.as_chunks().0.iter().map(|[x, y]| u32::from(x.to_bits()) | u32::from(y.to_bits()) << 16).collect();
+            let begins = numbers(3, rows * COLUMNS);
+            for (begin, from) in [(Begin::Zeros, From::Cache), (Begin::Sums, From::Memory)] {
+                let mut sums: Vec<[f32; COLUMNS]> = begins.as_chunks().0.to_vec();
+                let registers = amx.registers(rows, 64);
+                registers.multiply_bf16(begin, (&left, across / 2), (&b, from), &mut sums);
+                let expected: Vec<f32> = (0..rows * COLUMNS)
+                    .map(|i| {
+                        let (row, column) = (i / COLUMNS, i % COLUMNS);
+                        let begin = if begin == Begin::Zeros { 0.0 } else { begins[i] };
+                        let at = |i: usize| b[i / 2 * 2 * COLUMNS + 2 * column + i % 2];
+                        chains(begin, &a[row * across..][..k], at)
+                    })
+                    .collect();
+                check_bits(&format!("{rows} rows of {k}"), sums.as_flattened(), &expected);
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_bytes_are_exact() {
+        let Some(amx) = Amx::detect() else { return };
+        let bytes = |seed, count: usize| -> Vec<u8> {
+            // Both ends are among them.
+            let some = [0x80, 0x7f, 0xff, 0];
+            numbers(seed, count)
+                .iter()
+                .enumerate()
+                .map(|(i, x)| some.get(i).copied().unwrap_or(x.to_bits() as u8))
+                .collect()
+        };
+        for width in [16, 32] {
+            let across = 48;
+            let (a, b) = ([bytes(1, 16 * across), bytes(2, 16 * across)], [bytes(3, 16 * width), bytes(4, 16 * width)]);
+            let mut dots = Dots([[[1; 64]; ROWS]; 2]);
+            let right = b.each_ref().map(|b| b.as_chunks().0);
+            amx.registers(ROWS, width).multiply_int8(a.each_ref().map(|a| &a[..]), across, right, &mut dots);
+            for (i, dots) in dots.0.iter().enumerate() {
+                for (row, dots) in dots.iter().enumerate() {
+                    for (column, dot) in dots.as_chunks().0.iter().enumerate() {
+                        let number = |byte: u8| i32::from(byte.cast_signed());
+                        let product =
+                            |j: usize| number(a[i][row * across + j]) * number(b[i][j / 4 * 64 + 4 * column + j % 4]);
+                        assert_eq!(i32::from_le_bytes(*dot), (0..width).map(product).sum::<i32>(), "{row}, {column}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Stands in for `amx.rs` where there is no such unit: types without values.
+
+/// See `amx.rs`.
+pub(super) const ROWS: usize = 16;
+/// See `amx.rs`.
+pub(super) const PAIRS: usize = 16;
+
+/// There is no processor like this.
+#[derive(Clone, Copy)]
+pub(super) enum Amx {}
+
+/// See `amx.rs`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Begin {
+    Zeros,
+    Sums,
+}
+
+/// See `amx.rs`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum From {
+    Cache,
+    Memory,
+}
+
+/// See `amx.rs`.
+pub(super) struct Dots(pub(super) [[[u8; 64]; ROWS]; 2]);
+
+/// There are none.
+pub(super) enum Registers {}
+
+impl Amx {
+    pub(super) fn detect() -> Option<Self> {
+        None
+    }
+
+    pub(super) fn registers(self, _: usize, _: usize) -> Registers {
+        match self {}
+    }
+}
+
+impl Registers {
+    pub(super) fn multiply_bf16<P>(&self, _: Begin, _: (&[u32], usize), _: (&[P], From), _: &mut [[f32; 64]]) {
+        match *self {}
+    }
+
+    pub(super) fn multiply_int8(&self, _: [&[u8]; 2], _: usize, _: [&[[u8; 64]]; 2], _: &mut Dots) {
+        match *self {}
+    }
+}
