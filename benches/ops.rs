@@ -8,6 +8,7 @@ use eurus::ops::attention::{PagedBatch, paged_attention};
 use eurus::ops::linear::Linear;
 use eurus::ops::parallel::set_threads;
 use eurus::ops::rms_norm::rms_norm;
+use eurus::ops::sample::{Filters, pick, uniform};
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -84,6 +85,26 @@ fn norms(criterion: &mut Criterion) {
     }
 }
 
+fn sampling(criterion: &mut Criterion) {
+    let logits: Vec<f32> = random(32_000).to_vec1().unwrap();
+    let filters = |top_k, top_p, min_p| Filters { temperature: 1.0, top_k, top_p, min_p };
+    let mut runs = criterion.benchmark_group("sample 32000");
+    for (what, filters) in [
+        ("temperature", filters(0, 1.0, 0.0)),
+        ("top-p 0.9", filters(0, 0.9, 0.0)),
+        ("top-k 50", filters(50, 1.0, 0.0)),
+        ("min-p 0.05", filters(0, 1.0, 0.05)),
+    ] {
+        let mut draw = 0;
+        runs.bench_function(what, |b| {
+            b.iter(|| {
+                draw += 1;
+                black_box(pick(&logits, &filters, uniform(1, draw)).unwrap())
+            })
+        });
+    }
+}
+
 fn main() {
     let mut criterion = Criterion::default()
         .sample_size(20)
@@ -94,5 +115,6 @@ fn main() {
     linear(&mut criterion);
     attention(&mut criterion);
     norms(&mut criterion);
+    sampling(&mut criterion);
     criterion.final_summary();
 }

@@ -4,6 +4,7 @@
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::kernels;
+use super::lanes::{Body, Isa, Kernel, LANES, store_part, widen_part};
 use super::logprobs::{argmax, best, better};
 use super::parallel::filled;
 use super::storage::slice;
@@ -11,6 +12,9 @@ use crate::error::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 #[cfg(feature = "cuda")]
 use candle_core::{CudaStorage, DType};
+
+/// Tokens whose weights are added up together, lane by lane, before blocks are.
+const BLOCK: usize = 256;
 
 /// Which tokens stay possible, and how sharply they differ. Applied in the order of the fields.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -44,25 +48,106 @@ pub fn pick(logits: &[f32], filters: &Filters, uniform: f64) -> Result<u32> {
     if filters.temperature == 0.0 {
         return Ok(first);
     }
-    let max = logits[first as usize];
+    let (weights, sums) = weights(logits, logits[first as usize], filters.temperature);
+    if (filters.top_k, filters.top_p, filters.min_p) == (0, 1.0, 0.0) {
+        return Ok(locate(&weights, &sums, uniform).unwrap_or(first));
+    }
+    Ok(invert(&possible(logits, &weights, &sums, filters), uniform).unwrap_or(first))
+}
+
+/// What `filters` leave, in id order.
+fn possible(logits: &[f32], weights: &[f32], sums: &[f64], filters: &Filters) -> Vec<Candidate> {
     let candidate = |token: u32| {
-        let logit = logits[token as usize];
-        Candidate { token, logit, weight: f64::from(((logit - max) / filters.temperature).exp()) }
+        let (logit, weight) = (logits[token as usize], f64::from(weights[token as usize]));
+        Candidate { token, logit, weight }
     };
-    let mut kept: Vec<Candidate> = match filters.top_k {
-        0 => (0..logits.len() as u32).map(candidate).collect(),
-        count => {
-            let mut ids = best(logits, count);
-            ids.sort_unstable();
-            ids.into_iter().map(candidate).collect()
-        }
+    let (share, min) = (f64::from(filters.top_p), f64::from(filters.min_p));
+    let (mut kept, total): (Vec<Candidate>, f64) = if filters.top_k == 0 {
+        let total: f64 = sums.iter().sum();
+        // Together, tokens below this cannot fill the mass outside the nucleus, so none of them belongs to it: what is left to sort is
+        // short even for a large vocabulary.
+        let negligible = (1.0 - share) * total / logits.len() as f64;
+        let ids = (0..).zip(weights).filter(|(_, weight)| f64::from(**weight) >= negligible.max(min));
+        (ids.map(|(token, _)| candidate(token)).collect(), total)
+    } else {
+        let mut ids = best(logits, filters.top_k);
+        ids.sort_unstable();
+        let kept: Vec<Candidate> = ids.into_iter().map(candidate).collect();
+        let total = kept.iter().map(|candidate| candidate.weight).sum();
+        (kept, total)
     };
-    if filters.top_p < 1.0 {
-        keep_nucleus(&mut kept, f64::from(filters.top_p));
+    if share < 1.0 {
+        keep_nucleus(&mut kept, share * total);
     }
     // The most probable token has weight 1.
-    kept.retain(|candidate| candidate.weight >= f64::from(filters.min_p));
-    Ok(invert(&kept, uniform).unwrap_or(first))
+    kept.retain(|candidate| candidate.weight >= min);
+    kept
+}
+
+/// What tokens weigh, in units of the most probable one, and the sum of every block.
+fn weights(logits: &[f32], max: f32, temperature: f32) -> (Vec<f32>, Vec<f64>) {
+    let (mut weights, mut sums) = (vec![0.0; logits.len()], vec![0.0; logits.len().div_ceil(BLOCK)]);
+    Body::best().run(Weigh { logits, max, temperature, weights: &mut weights, sums: &mut sums });
+    (weights, sums)
+}
+
+struct Weigh<'a> {
+    logits: &'a [f32],
+    max: f32,
+    temperature: f32,
+    weights: &'a mut [f32],
+    sums: &'a mut [f64],
+}
+
+impl Kernel for Weigh<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let (max, temperature) = (isa.splat(self.max), isa.splat(self.temperature));
+        let blocks = self.logits.chunks(BLOCK).zip(self.weights.chunks_mut(BLOCK));
+        for ((logits, weights), sum) in blocks.zip(self.sums) {
+            let mut lanes = [0.0; LANES];
+            for (logits, weights) in logits.chunks(LANES).zip(weights.chunks_mut(LANES)) {
+                let scaled = isa.div(isa.sub(widen_part(isa, logits), max), temperature);
+                store_part(isa, isa.exp(scaled), weights);
+                for (lane, weight) in lanes.iter_mut().zip(weights) {
+                    *lane += f64::from(*weight);
+                }
+            }
+            for half in [8, 4, 2, 1] {
+                for i in 0..half {
+                    lanes[i] += lanes[i + half];
+                }
+            }
+            *sum = lanes[0];
+        }
+    }
+}
+
+/// The token at which the running sum of all `weights` exceeds its share, block by block; `sums` are those of the blocks.
+fn locate(weights: &[f32], sums: &[f64], uniform: f64) -> Option<u32> {
+    let total: f64 = sums.iter().sum();
+    let (target, mut mass, mut last) = (uniform * total, 0.0, None);
+    for (block, (weights, sum)) in weights.chunks(BLOCK).zip(sums).enumerate().filter(|(_, (_, sum))| **sum > 0.0) {
+        last = Some((block * BLOCK, weights, mass));
+        if mass + sum > target {
+            break;
+        }
+        mass += sum;
+    }
+    // A share that was rounded up to the sum means the last token of its block.
+    let (first, weights, before) = last?;
+    let mut mass = before;
+    let mut found = None;
+    for (token, weight) in (first as u32..).zip(weights).filter(|(_, weight)| **weight > 0.0) {
+        mass += f64::from(*weight);
+        found = Some(token);
+        if mass > target {
+            break;
+        }
+    }
+    found
 }
 
 /// How one row is drawn from.
@@ -163,18 +248,13 @@ struct Candidate {
     weight: f64,
 }
 
-/// Cuts `kept` (in id order, before and after) to its nucleus of mass `share`.
-fn keep_nucleus(kept: &mut Vec<Candidate>, share: f64) {
-    let total: f64 = kept.iter().map(|candidate| candidate.weight).sum();
-    // Together, tokens below this cannot fill the mass outside the nucleus, so none of them belongs to it: what is
-    // left to sort is short even for a large vocabulary.
-    let negligible = (1.0 - share) * total / kept.len() as f64;
-    kept.retain(|candidate| candidate.weight >= negligible);
+/// Cuts `kept` (in id order, before and after) to the fewest most probable whose weights reach `wanted`.
+fn keep_nucleus(kept: &mut Vec<Candidate>, wanted: f64) {
     kept.sort_unstable_by(|a, b| better(a.logit, a.token, b.logit, b.token));
     let mut mass = 0.0;
     let crossing = kept.iter().position(|candidate| {
         mass += candidate.weight;
-        mass >= share * total
+        mass >= wanted
     });
     kept.truncate(crossing.map_or(kept.len(), |index| index + 1));
     kept.sort_unstable_by_key(|candidate| candidate.token);
@@ -340,24 +420,42 @@ mod tests {
                 .collect();
             let top_p = uniform(round, u64::MAX) as f32;
             let mut all: Vec<u32> = (0..300).collect();
-            let weights: Vec<f64> = logits.iter().map(|&x| f64::from((x - 9.75).exp())).collect();
+            let (weights, sums) = weights(&logits, logits[argmax(&logits).unwrap() as usize], 1.0);
             all.sort_by(|&a, &b| better(logits[a as usize], a, logits[b as usize], b));
-            let total: f64 = weights.iter().sum();
+            let total: f64 = sums.iter().sum();
             let (mut mass, mut expected) = (0.0, Vec::new());
             for &id in &all {
                 expected.push(id);
-                mass += weights[id as usize];
+                mass += f64::from(weights[id as usize]);
                 if mass >= f64::from(top_p) * total {
                     break;
                 }
             }
             expected.sort_unstable();
-            let mut kept: Vec<Candidate> = (0..300)
-                .map(|token| Candidate { token, logit: logits[token as usize], weight: weights[token as usize] })
-                .collect();
-            keep_nucleus(&mut kept, f64::from(top_p));
+            let kept = possible(&logits, &weights, &sums, &Filters { top_p, ..PLAIN });
             assert_eq!(kept.iter().map(|candidate| candidate.token).collect::<Vec<_>>(), expected);
         }
+    }
+
+    #[test]
+    fn a_large_vocabulary_is_searched_block_by_block_as_token_by_token() {
+        for len in [1, 255, 256, 257, 1031, 5000] {
+            let logits: Vec<f32> =
+                (0..len).map(|i| uniform(5, i) as f32 * 20.0 - if i % 7 == 0 { 200.0 } else { 0.0 }).collect();
+            let (weights, sums) = weights(&logits, logits[argmax(&logits).unwrap() as usize], 0.8);
+            let total: f64 = weights.iter().copied().map(f64::from).sum();
+            let mut running = 0.0;
+            for (token, weight) in weights.iter().enumerate().filter(|(_, weight)| **weight > 0.0) {
+                // In the middle of a token, so that rounding decides nothing.
+                let at = (running + 0.5 * f64::from(*weight)) / total;
+                running += f64::from(*weight);
+                if *weight > 1e-5 {
+                    assert_eq!(locate(&weights, &sums, at), Some(token as u32), "{len}");
+                }
+            }
+            assert_eq!(locate(&weights, &sums, 1.0).map(|token| weights[token as usize] > 0.0), Some(true));
+        }
+        assert_eq!(locate(&[0.0; 300], &[0.0; 2], 0.5), None);
     }
 
     #[test]
