@@ -3,6 +3,7 @@
 //! which layout is the business of `linear::matrix`. Written as assembly because the compiler's own functions for it are not stable.
 #![allow(unsafe_code)]
 
+use crate::ops::storage::Target;
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid_count, _MM_HINT_T0, _mm_prefetch};
 use std::marker::PhantomData;
@@ -16,8 +17,6 @@ const COLUMNS: usize = 64;
 pub(super) const PAIRS: usize = 16;
 /// Bytes of a panel that one step reads: sixteen pairs of 64 columns.
 const STEP_BYTES: usize = PAIRS * COLUMNS * 4;
-/// How far ahead of use a panel is asked for where it comes from memory.
-const PREFETCH_BYTES: usize = 8192;
 
 /// Proof that this processor has the unit and that the system lets this process use it.
 #[derive(Clone, Copy)]
@@ -32,13 +31,12 @@ pub(super) enum Begin {
     Sums,
 }
 
-/// Where the right operand comes from.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum From {
-    /// It is read again and again.
-    Cache,
-    /// It is read once.
-    Memory,
+/// An operand as the unit reads it, in order.
+#[derive(Clone, Copy)]
+pub(super) struct Operand<'a, N> {
+    pub(super) numbers: &'a [N],
+    /// How many bytes ahead of use it is asked for; not at all where 0.
+    pub(super) ahead: usize,
 }
 
 impl Amx {
@@ -87,6 +85,17 @@ fn available() -> bool {
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
 }
 
+/// Asks for the `len` bytes that lie `ahead` bytes after `start`, if that is not 0.
+#[inline(always)]
+fn prefetch(start: *const u8, len: usize, ahead: usize) {
+    if ahead > 0 {
+        for line in (0..len).step_by(64) {
+            // SAFETY: a hint; any address is allowed.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(ahead + line).cast()) };
+        }
+    }
+}
+
 /// Products of signed bytes, sixteen rows and columns.
 #[repr(C, align(64))]
 pub(super) struct Dots(pub(super) [[[u8; 64]; ROWS]; 2]);
@@ -107,22 +116,27 @@ impl Drop for Registers {
 }
 
 impl Registers {
-    /// `sums` `[rows, 64]` (+)= the product of `left`, rows of pairs of bf16 that lie `across` apart, and `right` `[pairs, 64]`, pairs of
-    /// bf16 whose number is a multiple of sixteen. A sum over k is, for every 32 numbers in order: the products of the even ones in one
+    /// The product of `left` `[pairs / 16, rows, 16]` and `right` `[pairs, 64]`, both pairs of bf16, whose number is a multiple of sixteen,
+    /// and, as `begin` says, `sums` `[rows, 64]`; goes to `out`, or else to `sums`. A sum over k is, for every 32 numbers in order: the products of the even ones in one
     /// chain of fused multiply-adds from zero, those of the odd ones in another, the two added, the result added to the sum; subnormal
     /// numbers count as zeros (Intel's Software Developer's Manual, TDPBF16PS).
     pub(super) fn multiply_bf16<P>(
         &self,
         begin: Begin,
-        left: (&[u32], usize),
-        right: (&[P], From),
+        left: Operand<'_, u32>,
+        right: Operand<'_, P>,
         sums: &mut [[f32; COLUMNS]],
+        out: Option<Target<'_>>,
     ) {
-        let ((left, across), (right, from)) = (left, right);
-        let steps = size_of_val(right) / STEP_BYTES;
-        assert!(size_of_val(right).is_multiple_of(STEP_BYTES) && sums.len() == self.rows);
-        assert!(left.len() >= (self.rows - 1) * across + steps * PAIRS);
-        let (a, b, row_bytes) = (left.as_ptr().cast::<u8>(), right.as_ptr().cast::<u8>(), 4 * COLUMNS);
+        let (steps, left_bytes) = (size_of_val(right.numbers) / STEP_BYTES, self.rows * PAIRS * 4);
+        assert!(size_of_val(right.numbers) == steps * STEP_BYTES && size_of_val(left.numbers) == steps * left_bytes);
+        assert!(
+            sums.len() == self.rows && out.as_ref().is_none_or(|out| out.rows == self.rows && out.width == COLUMNS)
+        );
+        let (a, b) = (left.numbers.as_ptr().cast::<u8>(), right.numbers.as_ptr().cast::<u8>());
+        let row_bytes = 4 * COLUMNS;
+        let sums = sums.as_mut_ptr().cast::<f32>();
+        let (to, across) = out.map_or((sums, COLUMNS), |out| (out.start, out.across));
         // SAFETY: the registers are set up for operands of these sizes, which are checked above; the compiler uses none of them.
         unsafe {
             match begin {
@@ -138,19 +152,16 @@ impl Registers {
                     "tileloadd tmm1, [{sums} + {row} + 64]",
                     "tileloadd tmm2, [{sums} + {row} + 128]",
                     "tileloadd tmm3, [{sums} + {row} + 192]",
-                    sums = in(reg) sums.as_ptr(), row = in(reg) row_bytes,
+                    sums = in(reg) sums, row = in(reg) row_bytes,
                     options(readonly, nostack, preserves_flags)
                 ),
             }
             for step in 0..steps {
-                let b = b.add(step * STEP_BYTES);
-                if from == From::Memory {
-                    for line in 0..STEP_BYTES / 64 {
-                        _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(PREFETCH_BYTES + 64 * line).cast());
-                    }
-                }
+                let (a, b) = (a.add(step * left_bytes), b.add(step * STEP_BYTES));
+                prefetch(a, left_bytes, left.ahead);
+                prefetch(b, STEP_BYTES, right.ahead);
                 asm!(
-                    "tileloadd tmm4, [{a} + {across}]",
+                    "tileloadd tmm4, [{a} + {line}]",
                     "tileloadd tmm5, [{b} + {row}]",
                     "tdpbf16ps tmm0, tmm4, tmm5",
                     "tileloadd tmm6, [{b} + {row} + 64]",
@@ -159,16 +170,16 @@ impl Registers {
                     "tdpbf16ps tmm2, tmm4, tmm7",
                     "tileloadd tmm5, [{b} + {row} + 192]",
                     "tdpbf16ps tmm3, tmm4, tmm5",
-                    a = in(reg) a.add(step * PAIRS * 4), across = in(reg) across * 4, b = in(reg) b, row = in(reg) row_bytes,
+                    a = in(reg) a, line = in(reg) 4 * PAIRS, b = in(reg) b, row = in(reg) row_bytes,
                     options(readonly, nostack, preserves_flags)
                 );
             }
             asm!(
-                "tilestored [{sums} + {row}], tmm0",
-                "tilestored [{sums} + {row} + 64], tmm1",
-                "tilestored [{sums} + {row} + 128], tmm2",
-                "tilestored [{sums} + {row} + 192], tmm3",
-                sums = in(reg) sums.as_mut_ptr(), row = in(reg) row_bytes,
+                "tilestored [{to} + {across}], tmm0",
+                "tilestored [{to} + {across} + 64], tmm1",
+                "tilestored [{to} + {across} + 128], tmm2",
+                "tilestored [{to} + {across} + 192], tmm3",
+                to = in(reg) to, across = in(reg) 4 * across,
                 options(nostack, preserves_flags)
             );
         }
@@ -207,6 +218,7 @@ mod tests {
 
     use super::*;
     use crate::ops::samples::{check_bits, numbers};
+    use crate::ops::storage::Shared;
     use half::bf16;
 
     /// The order that `multiply_bf16` promises, number by number.
@@ -223,21 +235,37 @@ mod tests {
         let Some(amx) = Amx::detect() else { return };
         let round = |x: Vec<f32>| x.into_iter().map(bf16::from_f32).collect::<Vec<_>>();
         for (rows, k) in [(1, 32), (5, 64), (16, 320)] {
-            // Rows further apart than they are long.
-            let (across, a, b) = (k + 2, round(numbers(1, rows * (k + 2))), round(numbers(2, k * COLUMNS)));
-            let left: Vec<u32> =
-                a.as_chunks().0.iter().map(|[x, y]| u32::from(x.to_bits()) | u32::from(y.to_bits()) << 16).collect();
+            let (a, b) = (round(numbers(1, rows * k)), round(numbers(2, k * COLUMNS)));
+            let pair = |row: usize, i: usize| {
+                let [x, y] = [0, 1].map(|odd| u32::from(a[row * k + 2 * i + odd].to_bits()));
+                x | y << 16
+            };
+            let left: Vec<u32> = (0..k / 2 / PAIRS)
+                .flat_map(|step| (0..rows).flat_map(move |row| (0..PAIRS).map(move |i| (row, step * PAIRS + i))))
+                .map(|(row, i)| pair(row, i))
+                .collect();
             let begins = numbers(3, rows * COLUMNS);
-            for (begin, from) in [(Begin::Zeros, From::Cache), (Begin::Sums, From::Memory)] {
+            for (begin, ahead) in [(Begin::Zeros, 0), (Begin::Sums, 4096)] {
+                let (left, right) = (Operand { numbers: &left, ahead: 0 }, Operand { numbers: &b, ahead });
                 let mut sums: Vec<[f32; COLUMNS]> = begins.as_chunks().0.to_vec();
                 let registers = amx.registers(rows, 64);
-                registers.multiply_bf16(begin, (&left, across / 2), (&b, from), &mut sums);
+                registers.multiply_bf16(begin, left, right, &mut sums, None);
+                // The same into rows of a wider matrix.
+                let (mut wide, mut rest) = (vec![7.0; rows * 100], begins.as_chunks().0.to_vec());
+                let shared = Shared::new(&mut wide);
+                // SAFETY: nobody else has the matrix.
+                let out = unsafe { shared.target(30, 100, rows, COLUMNS) };
+                registers.multiply_bf16(begin, left, right, &mut rest, Some(out));
+                for (row, sums) in wide.chunks(100).zip(&sums) {
+                    check_bits("elsewhere", &row[30..30 + COLUMNS], sums);
+                    assert!(row[..30].iter().chain(&row[30 + COLUMNS..]).all(|x| *x == 7.0));
+                }
                 let expected: Vec<f32> = (0..rows * COLUMNS)
                     .map(|i| {
                         let (row, column) = (i / COLUMNS, i % COLUMNS);
                         let begin = if begin == Begin::Zeros { 0.0 } else { begins[i] };
                         let at = |i: usize| b[i / 2 * 2 * COLUMNS + 2 * column + i % 2];
-                        chains(begin, &a[row * across..][..k], at)
+                        chains(begin, &a[row * k..][..k], at)
                     })
                     .collect();
                 check_bits(&format!("{rows} rows of {k}"), sums.as_flattened(), &expected);

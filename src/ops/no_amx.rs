@@ -1,5 +1,7 @@
 //! Stands in for `amx.rs` where there is no such unit: types without values.
 
+use crate::ops::storage::Target;
+
 /// See `amx.rs`.
 pub(super) const ROWS: usize = 16;
 /// See `amx.rs`.
@@ -17,10 +19,10 @@ pub(super) enum Begin {
 }
 
 /// See `amx.rs`.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum From {
-    Cache,
-    Memory,
+#[derive(Clone, Copy)]
+pub(super) struct Operand<'a, N> {
+    pub(super) numbers: &'a [N],
+    pub(super) ahead: usize,
 }
 
 /// See `amx.rs`.
@@ -40,7 +42,14 @@ impl Amx {
 }
 
 impl Registers {
-    pub(super) fn multiply_bf16<P>(&self, _: Begin, _: (&[u32], usize), _: (&[P], From), _: &mut [[f32; 64]]) {
+    pub(super) fn multiply_bf16<P>(
+        &self,
+        _: Begin,
+        _: Operand<'_, u32>,
+        _: Operand<'_, P>,
+        _: &mut [[f32; 64]],
+        _: Option<Target<'_>>,
+    ) {
         match *self {}
     }
 

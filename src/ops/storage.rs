@@ -114,6 +114,29 @@ impl<'a, T> Shared<'a, T> {
     }
 }
 
+/// The first `width` elements of `rows` rows that lie `across` apart, to be written.
+pub(super) struct Target<'a> {
+    pub(super) start: *mut f32,
+    pub(super) across: usize,
+    pub(super) rows: usize,
+    pub(super) width: usize,
+    _borrow: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+impl Shared<'_, f32> {
+    /// Rows whose first begins at `start`; panics outside of the slice.
+    ///
+    /// # Safety
+    /// While the result lives, no part may overlap the elements of its rows.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn target(&self, start: usize, across: usize, rows: usize, width: usize) -> Target<'_> {
+        assert!(rows > 0 && width <= across);
+        self.check(start, (rows - 1) * across + width);
+        // SAFETY: inside the slice (checked above).
+        Target { start: unsafe { self.start.add(start) }, across, rows, width, _borrow: std::marker::PhantomData }
+    }
+}
+
 impl<T: Copy + Default> Shared<'_, T> {
     /// Puts `values` at `start`; panics outside of the slice.
     ///

@@ -154,20 +154,27 @@ impl<E: Element> Rows<'_, '_, E> {
             sums: &mut state.sums[group.start * state.width..],
             width: state.width,
         });
-        if seen.iter().all(|seen| *seen == (0..TILE)) {
-            match group.len() {
-                1 => self.add_values::<1, C>(state, group.start, values, 0..TILE),
-                2 => self.add_values::<2, C>(state, group.start, values, 0..TILE),
-                3 => self.add_values::<3, C>(state, group.start, values, 0..TILE),
-                4 => self.add_values::<4, C>(state, group.start, values, 0..TILE),
-                5 => self.add_values::<5, C>(state, group.start, values, 0..TILE),
-                _ => self.add_values::<FEW, C>(state, group.start, values, 0..TILE),
-            }
-        } else {
-            // One by one, so that no query multiplies a value it does not see, not even by zero.
+        // What all of them see together, the rest one by one: no query multiplies a value it does not see, not even by zero.
+        let common = seen.iter().fold(0..TILE, |common, seen| common.start.max(seen.start)..common.end.min(seen.end));
+        if common.is_empty() {
             for (query, seen) in group.zip(seen) {
                 self.add_values::<1, C>(state, query, values, seen.clone());
             }
+            return;
+        }
+        for (query, seen) in group.clone().zip(seen).filter(|(_, seen)| seen.start < common.start) {
+            self.add_values::<1, C>(state, query, values, seen.start..common.start);
+        }
+        match group.len() {
+            1 => self.add_values::<1, C>(state, group.start, values, common.clone()),
+            2 => self.add_values::<2, C>(state, group.start, values, common.clone()),
+            3 => self.add_values::<3, C>(state, group.start, values, common.clone()),
+            4 => self.add_values::<4, C>(state, group.start, values, common.clone()),
+            5 => self.add_values::<5, C>(state, group.start, values, common.clone()),
+            _ => self.add_values::<FEW, C>(state, group.start, values, common.clone()),
+        }
+        for (query, seen) in group.zip(seen).filter(|(_, seen)| seen.end > common.end) {
+            self.add_values::<1, C>(state, query, values, common.end..seen.end);
         }
     }
 

@@ -1,7 +1,6 @@
 //! Products of many rows: panels of the right operand that the caches hold, tiles of sums that the registers hold.
 //! What a step multiplies is [`Multiply`]; every sum has one order, whatever tiles and threads there are.
 
-use super::float::Emit;
 use crate::ops::lanes::LANES;
 use crate::ops::parallel;
 
@@ -156,7 +155,11 @@ impl<M: Multiply> Product<'_, M> {
     /// Computes every sum and hands it to `emit(row, column, sums)`, up to WIDTH columns of one row at a time, from several threads.
     /// `pack(column, panel)` writes the columns from `column` on as `[k, WIDTH]`, chain after chain; those after the last are zeros
     /// already.
-    pub(super) fn compute(&self, pack: impl Fn(usize, &mut [Line<M::Number>]) + Sync, emit: &Emit<'_>) {
+    pub(super) fn compute(
+        &self,
+        pack: impl Fn(usize, &mut [Line<M::Number>]) + Sync,
+        emit: impl Fn(usize, usize, &[f32]) + Sync,
+    ) {
         let Sizes { rows, columns, k } = self.sizes;
         if rows == 0 || columns == 0 {
             return;

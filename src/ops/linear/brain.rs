@@ -5,7 +5,7 @@
 use half::bf16;
 
 use super::blocks::Sizes;
-use super::float::{self, Emit};
+use super::float;
 use super::matrix::{Panels, Unit};
 use super::pairs::Pairs;
 use crate::ops::lanes::Body;
@@ -30,34 +30,28 @@ pub(super) enum Right<'a> {
 
 /// a b, contiguous, the operands rounded to bf16: `[rows, columns]`.
 pub(super) fn product(body: Body, a: Left<'_>, b: Right<'_>, sizes: Sizes) -> Vec<f32> {
-    let mut c = Vec::new();
-    if !in_pairs(a, b, sizes, |compute| c = float::fresh(sizes, compute)) {
-        c.resize(sizes.rows * sizes.columns, 0.0);
-        rounded(body, &mut c, a, b, sizes);
+    if let Some(unit) = Unit::detect() {
+        return unit.product(a, sizes).fresh(Panels::Made(b));
     }
+    if let Some(pairs) = Pairs::detect() {
+        return pairs
+            .multiply(a, sizes, |product| float::fresh(product, |column, panel| pairs.pack(b, sizes, column, panel)));
+    }
+    let mut c = vec![0.0; sizes.rows * sizes.columns];
+    rounded(body, &mut c, a, b, sizes);
     c
 }
 
 /// c += a b, as [`product`].
 pub(super) fn add_product(body: Body, c: &mut [f32], a: Left<'_>, b: Right<'_>, sizes: Sizes) {
-    if !in_pairs(a, b, sizes, |compute| float::add(c, sizes.columns, compute)) {
-        rounded(body, c, a, b, sizes);
-    }
-}
-
-/// Hands `run` what computes a b where the processor multiplies pairs of bf16; whether it does.
-fn in_pairs(a: Left<'_>, b: Right<'_>, sizes: Sizes, run: impl FnOnce(&dyn Fn(&Emit<'_>))) -> bool {
     if let Some(unit) = Unit::detect() {
-        let product = unit.product(a, sizes);
-        run(&|emit| product.compute(Panels::Made(b), emit));
-    } else if let Some(pairs) = Pairs::detect() {
-        pairs.multiply(a, sizes, |product| {
-            run(&|emit| product.compute(|column, panel| pairs.pack(b, sizes, column, panel), emit));
-        });
-    } else {
-        return false;
+        return unit.product(a, sizes).add(Panels::Made(b), c);
     }
-    true
+    if let Some(pairs) = Pairs::detect() {
+        return pairs
+            .multiply(a, sizes, |product| float::add(product, c, |column, panel| pairs.pack(b, sizes, column, panel)));
+    }
+    rounded(body, c, a, b, sizes);
 }
 
 /// The same on processors without such an instruction: rounded, then multiplied in float32.

@@ -14,17 +14,14 @@ pub(super) fn product<E: Element>(body: Body, x: &[f32], weight: &[E], sizes: Si
         let last = columns.min(column + WIDTH);
         body.run(Turn { weight: &weight[column * k..last * k], k, panel });
     };
-    fresh(sizes, |emit| product.compute(pack, emit))
+    fresh(&product, pack)
 }
 
 /// a b in one chain a sum: `a` `[rows, k]`, `b` `[k, columns]` to `[rows, columns]`.
 pub(super) fn outer_product<E: Element>(body: Body, a: &[f32], b: &[E], sizes: Sizes) -> Vec<f32> {
     assert!(a.len() == sizes.rows * sizes.k && b.len() == sizes.k * sizes.columns);
     let product = Product { multiply: body, left: Left::Rows(a), sizes, order: Order::Chain };
-    let pack = |column: usize, panel: &mut [Line<f32>]| {
-        body.run(Widen { b, columns: sizes.columns, first: column, panel });
-    };
-    fresh(sizes, |emit| product.compute(pack, emit))
+    fresh(&product, |column, panel| body.run(Widen { b, columns: sizes.columns, first: column, panel }))
 }
 
 /// c += aT b: `a` `[k, rows]`, `b` `[k, columns]`, `c` `[rows, columns]`.
@@ -33,27 +30,32 @@ pub(super) fn add_outer_product(body: Body, c: &mut [f32], a: &[f32], b: &[f32],
     assert!(a.len() == rows * k && b.len() == k * columns && c.len() == rows * columns);
     let tiles = parallel::filled(rows * k, ROWS * k, |index, out: &mut [f32]| tiles(a, sizes, index * ROWS, out));
     let product = Product { multiply: body, left: Left::Tiles(&tiles), sizes, order: Order::Chain };
-    let pack = |column: usize, panel: &mut [Line<f32>]| body.run(Widen { b, columns, first: column, panel });
-    add(c, columns, |emit| product.compute(pack, emit));
+    add(&product, c, |column, panel| body.run(Widen { b, columns, first: column, panel }));
 }
 
-/// Takes the sums of a row from a column on.
-pub(super) type Emit<'a> = dyn Fn(usize, usize, &[f32]) + Sync + 'a;
-
-/// The sums that `compute` emits, every one once, in memory of their own.
-pub(super) fn fresh(sizes: Sizes, compute: impl FnOnce(&Emit<'_>)) -> Vec<f32> {
-    let Sizes { rows, columns, .. } = sizes;
+/// The result of `product` in memory of its own.
+pub(super) fn fresh<M: Multiply>(
+    product: &Product<'_, M>,
+    pack: impl Fn(usize, &mut [Line<M::Number>]) + Sync,
+) -> Vec<f32> {
+    let Sizes { rows, columns, .. } = product.sizes;
     // SAFETY: every sum is handed out once, to one place of its own.
     #[allow(unsafe_code)]
     unsafe {
-        written(rows * columns, |c| compute(&|row, column, sums| c.write(row * columns + column, sums)))
+        written(rows * columns, |c| {
+            product.compute(pack, |row, column, sums| c.write(row * columns + column, sums));
+        })
     }
 }
 
-/// The sums that `compute` emits, every one once, added to `c`.
-pub(super) fn add(c: &mut [f32], columns: usize, compute: impl FnOnce(&Emit<'_>)) {
-    let c = &Shared::new(c);
-    compute(&|row, column, sums| {
+/// The result of `product` added to `c`.
+pub(super) fn add<M: Multiply>(
+    product: &Product<'_, M>,
+    c: &mut [f32],
+    pack: impl Fn(usize, &mut [Line<M::Number>]) + Sync,
+) {
+    let (columns, c) = (product.sizes.columns, &Shared::new(c));
+    product.compute(pack, |row, column, sums| {
         // SAFETY: every sum is handed out once, so no other thread has this part.
         #[allow(unsafe_code)]
         let c = unsafe { c.part(row * columns + column, sums.len()) };

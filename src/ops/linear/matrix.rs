@@ -5,13 +5,16 @@ use half::bf16;
 
 use super::blocks::{Line, Sizes, WIDTH};
 use super::brain::{Left, Right};
-use super::float::Emit;
 use super::pairs::{Pair, Pairs};
-use crate::ops::amx::{Amx, Begin, From, PAIRS, ROWS, Registers};
+use crate::ops::amx::{Amx, Begin, Operand, PAIRS, ROWS, Registers};
 use crate::ops::parallel;
+use crate::ops::storage::{Shared, written};
+use std::ops::Range;
 
-/// Pairs of a panel that all strips of a block go over before the next ones: 32 KiB.
-const PART: usize = 128;
+/// Pairs of a panel that all strips of a block go over before the next ones: 24 KiB, half of a level-1 cache.
+const PART: usize = 96;
+/// How far ahead of use a panel is asked for that is read once.
+const PREFETCH_BYTES: usize = 8192;
 /// Rows whose sums rest in a level-2 cache between two parts.
 const BLOCK: usize = 256;
 
@@ -37,8 +40,19 @@ pub(super) struct Product {
     sizes: Sizes,
     /// Pairs of a row, filled up with zeros.
     steps: usize,
-    /// `[rows, steps]`, filled up with zeros to whole strips.
+    /// Part after part, strip after strip of up to sixteen rows, `[pairs / 16, rows, 16]`: what the unit reads lies in the order in which
+    /// it is read. Filled up with zeros.
     left: Vec<Pair>,
+    /// Rows in it.
+    rows: usize,
+}
+
+/// Where sums go.
+enum Out<'a> {
+    /// To memory that nobody has written.
+    Fresh(&'a Shared<'a, f32>),
+    /// On top of what is there.
+    Added(&'a Shared<'a, f32>),
 }
 
 impl Unit {
@@ -56,11 +70,22 @@ impl Unit {
         let Sizes { rows, k, .. } = sizes;
         let steps = k.div_ceil(2).max(1).next_multiple_of(PAIRS);
         let height = rows.clamp(1, ROWS);
-        let left =
-            parallel::filled(rows.next_multiple_of(height) * steps, height * steps, |index, out: &mut [Pair]| {
-                self.pairs.lay_out(left, sizes, index * height, steps, out);
-            });
-        Product { unit: self, sizes, steps, left }
+        let rows = rows.next_multiple_of(height);
+        let strip = |first: usize, out: &Shared<'_, Pair>| {
+            for part in (0..steps).step_by(PART) {
+                let end = steps.min(part + PART);
+                // SAFETY: every strip of every part has a place of its own.
+                #[allow(unsafe_code)]
+                let out = unsafe { out.cleared(part * rows + first * (end - part), (end - part) * height) };
+                self.pairs.lay_out(left, sizes, first, part..end, out);
+            }
+        };
+        // SAFETY: all strips of all parts are everything.
+        #[allow(unsafe_code)]
+        let left = unsafe {
+            written(rows * steps, |out| parallel::for_each(rows / height, |index| strip(index * height, out)))
+        };
+        Product { unit: self, sizes, steps, left, rows }
     }
 }
 
@@ -72,8 +97,21 @@ struct Own {
 }
 
 impl Product {
-    /// Computes every sum and hands it to `emit(row, column, sums)`, up to 64 columns of one row at a time, from several threads.
-    pub(super) fn compute(&self, panels: Panels<'_>, emit: &Emit<'_>) {
+    /// All sums, `[rows, columns]`.
+    pub(super) fn fresh(&self, panels: Panels<'_>) -> Vec<f32> {
+        // SAFETY: every sum is written, once, to a place of its own.
+        #[allow(unsafe_code)]
+        unsafe {
+            written(self.sizes.rows * self.sizes.columns, |c| self.compute(panels, &Out::Fresh(c)))
+        }
+    }
+
+    /// Adds all sums to `c` `[rows, columns]`.
+    pub(super) fn add(&self, panels: Panels<'_>, c: &mut [f32]) {
+        self.compute(panels, &Out::Added(&Shared::new(c)));
+    }
+
+    fn compute(&self, panels: Panels<'_>, out: &Out<'_>) {
         let Sizes { rows, columns, k } = self.sizes;
         if rows == 0 || columns == 0 {
             return;
@@ -93,41 +131,70 @@ impl Product {
             match panels {
                 Panels::Stored(all) => {
                     let panel = &all[column * k..][..WIDTH * k];
-                    self.block(rows, column, panel, (&own.registers, &mut own.sums), emit);
+                    self.block(rows, column, panel, (&own.registers, &mut own.sums), out);
                 }
                 Panels::Made(right) => {
                     own.panel.clear();
                     own.panel.resize(self.steps, Line::default());
                     self.unit.pairs.pack(right, self.sizes, column, &mut own.panel);
-                    self.block(rows, column, &own.panel, (&own.registers, &mut own.sums), emit);
+                    self.block(rows, column, &own.panel, (&own.registers, &mut own.sums), out);
                 }
             }
         });
     }
 
     /// Some rows over the panel whose first column is `column`.
-    fn block<P>(
+    fn block<P: Copy>(
         &self,
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
         column: usize,
         panel: &[P],
         (registers, sums): (&Registers, &mut [[f32; WIDTH]]),
-        emit: &Emit<'_>,
+        out: &Out<'_>,
     ) {
-        let (steps, height, width) = (self.steps, self.sizes.rows.min(ROWS), WIDTH.min(self.sizes.columns - column));
-        let from = if self.sizes.rows > ROWS { From::Cache } else { From::Memory };
+        let Sizes { rows: all, columns, .. } = self.sizes;
+        let (steps, height, width) = (self.steps, all.min(ROWS), WIDTH.min(columns - column));
+        let once = all <= ROWS;
         for first in rows.clone().step_by(BLOCK) {
             let last = rows.end.min(first + BLOCK);
             for part in (0..steps).step_by(PART) {
                 let end = steps.min(part + PART);
                 let begin = if part == 0 { Begin::Zeros } else { Begin::Sums };
                 let right = &panel[panel.len() * part / steps..panel.len() * end / steps];
+                let right = Operand { numbers: right, ahead: if once { PREFETCH_BYTES } else { 0 } };
                 for (row, sums) in (first..last).step_by(height).zip(sums.chunks_exact_mut(height)) {
-                    registers.multiply_bf16(begin, (&self.left[row * steps + part..], steps), (right, from), sums);
+                    let left = &self.left[part * self.rows + row * (end - part)..][..(end - part) * height];
+                    // The next strip, while this one is multiplied.
+                    let left = Operand { numbers: left, ahead: if once { 0 } else { size_of_val(left) } };
+                    let target = match out {
+                        // SAFETY: every sum has a place of its own.
+                        #[allow(unsafe_code)]
+                        Out::Fresh(c) if end == steps && width == WIDTH && row + height <= last => {
+                            Some(unsafe { c.target(row * columns + column, columns, height, WIDTH) })
+                        }
+                        _ => None,
+                    };
+                    registers.multiply_bf16(begin, left, right, sums, target);
                 }
             }
-            for (row, sums) in (first..last).zip(&*sums) {
-                emit(row, column, &sums[..width]);
+            self.put(first..last, column..column + width, sums, out);
+        }
+    }
+
+    /// Puts the sums of a block where they are not yet.
+    fn put(&self, rows: Range<usize>, columns: Range<usize>, sums: &[[f32; WIDTH]], out: &Out<'_>) {
+        let height = self.sizes.rows.min(ROWS);
+        for (row, sums) in rows.clone().zip(sums) {
+            let (start, sums) = (row * self.sizes.columns + columns.start, &sums[..columns.len()]);
+            // SAFETY: every sum has a place of its own.
+            #[allow(unsafe_code)]
+            match out {
+                Out::Fresh(_) if columns.len() == WIDTH && row < rows.start + rows.len() / height * height => {}
+                Out::Fresh(c) => unsafe { c.write(start, sums) },
+                Out::Added(c) => {
+                    let c = unsafe { c.part(start, sums.len()) };
+                    c.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
+                }
             }
         }
     }

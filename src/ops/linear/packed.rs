@@ -8,7 +8,6 @@ use half::bf16;
 
 use super::blocks::{HEIGHT, Sizes, VECTORS, WIDTH};
 use super::brain::Left;
-use super::float;
 use super::matrix::{Panels, Unit};
 use super::pairs::{Pair, Pairs};
 use crate::error::Result;
@@ -83,8 +82,7 @@ impl CustomOp2 for Product {
         let steps = k / 2;
         if let (Some(unit), true) = (Unit::detect(), Unit::takes(k)) {
             let sizes = Sizes { rows, columns: self.columns, k };
-            let product = unit.product(Left::Rows(x), sizes);
-            let y = float::fresh(sizes, |emit| product.compute(Panels::Stored(panels), emit));
+            let y = unit.product(Left::Rows(x), sizes).fresh(Panels::Stored(panels));
             return Ok((CpuStorage::F32(y), Shape::from((rows, self.columns))));
         }
         let x = parallel::filled(rows * steps, HEIGHT * steps, |index, out: &mut [Pair]| {

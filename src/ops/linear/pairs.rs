@@ -5,6 +5,7 @@
 use half::bf16;
 use std::arch::x86_64::*;
 use std::mem::transmute;
+use std::ops::Range;
 
 use super::blocks::{self, HEIGHT, Line, Multiply, Order, Product, ROWS, Sizes, Steps, Strip, VECTORS, WIDTH};
 use super::brain::{Left, Right};
@@ -44,16 +45,21 @@ impl Pairs {
         run(&Product { multiply: self, left, sizes: Sizes { k: steps, ..sizes }, order: Order::Chain })
     }
 
-    /// The rows from `first` on of the left operand, at most sixteen, to rows of `steps` pairs, which were zeros.
-    pub(super) fn lay_out(self, a: Left<'_>, sizes: Sizes, first: usize, steps: usize, out: &mut [Pair]) {
+    /// Some pairs of the rows from `first` on of the left operand, to `out` `[pairs / 16, rows, 16]`, which was zeros.
+    pub(super) fn lay_out(self, a: Left<'_>, sizes: Sizes, first: usize, pairs: Range<usize>, out: &mut [Pair]) {
+        let (height, numbers) = (out.len() / pairs.len(), 2 * pairs.start..sizes.k.min(2 * pairs.end));
         match a {
             Left::Rows(a) => {
-                let rows = a[first * sizes.k..].chunks_exact(sizes.k).zip(out.chunks_exact_mut(steps));
-                // SAFETY: `self` is proof of the features.
-                rows.for_each(|(row, out)| unsafe { pairs_of_row(row, out) });
+                for (index, row) in a[first * sizes.k..].chunks_exact(sizes.k).take(height).enumerate() {
+                    // SAFETY: `self` is proof of the features.
+                    unsafe { spread_row(&row[numbers.clone()], index, height, out) }
+                }
             }
-            // SAFETY: the same.
-            Left::Columns(a) => unsafe { self.turn_rows(a, sizes.rows, first, steps, out) },
+            Left::Columns(a) => {
+                let a = &a[numbers.start * sizes.rows..numbers.end * sizes.rows];
+                // SAFETY: the same.
+                unsafe { self.turn_rows(a, sizes.rows, first, height, out) }
+            }
         }
     }
 
@@ -95,7 +101,7 @@ impl Pairs {
 
     /// Sixteen rows, or fewer, of aT for `a` `[k, rows]`, from `first` on.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    fn turn_rows(self, a: &[f32], rows: usize, first: usize, steps: usize, out: &mut [Pair]) {
+    fn turn_rows(self, a: &[f32], rows: usize, first: usize, height: usize, out: &mut [Pair]) {
         let count = LANES.min(rows - first);
         for (block, lines) in a.chunks(2 * LANES * rows).enumerate() {
             let mut pairs = [_mm512_setzero_ps(); LANES];
@@ -103,8 +109,9 @@ impl Pairs {
                 let odd = two.get(rows + first..rows + first + count).unwrap_or(&[0.0; LANES][..count]);
                 *pairs = _mm512_castsi512_ps(pairs_across(&two[first..first + count], odd));
             }
-            for (pairs, row) in self.0.transpose(pairs).iter().zip(out.chunks_exact_mut(steps)) {
-                store(_mm512_castps_si512(*pairs), &mut row[block * LANES..(block + 1) * LANES]);
+            let out = &mut out[block * height * LANES..][..height * LANES];
+            for (pairs, out) in self.0.transpose(pairs).iter().zip(out.chunks_exact_mut(LANES)) {
+                store(_mm512_castps_si512(*pairs), out);
             }
         }
     }
@@ -147,6 +154,14 @@ fn pairs_along(x: &[f32]) -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn pairs_of_row(row: &[f32], out: &mut [Pair]) {
     for (x, out) in row.chunks(2 * LANES).zip(out.chunks_mut(LANES)) {
+        store(pairs_along(x), out);
+    }
+}
+
+/// The pairs of a row of numbers, sixteen to every `height` of the places of sixteen, from place `index` on.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn spread_row(row: &[f32], index: usize, height: usize, out: &mut [Pair]) {
+    for (x, out) in row.chunks(2 * LANES).zip(out.chunks_exact_mut(LANES).skip(index).step_by(height)) {
         store(pairs_along(x), out);
     }
 }
