@@ -166,12 +166,13 @@ impl Product {
                     let left = &self.left[part * self.rows + row * (end - part)..][..(end - part) * height];
                     // The next strip, while this one is multiplied.
                     let left = Operand { numbers: left, ahead: if once { 0 } else { size_of_val(left) } };
+                    let whole = end == steps && width == WIDTH && row + height <= last;
                     let target = match out {
                         // SAFETY: every sum has a place of its own.
                         #[allow(unsafe_code)]
-                        Out::Fresh(c) if end == steps && width == WIDTH && row + height <= last => {
-                            Some(unsafe { c.target(row * columns + column, columns, height, WIDTH) })
-                        }
+                        Out::Fresh(c) if whole => unsafe {
+                            Some(c.target(row * columns + column, columns, height, WIDTH))
+                        },
                         _ => None,
                     };
                     registers.multiply_bf16(begin, left, right, sums, target);
@@ -186,12 +187,14 @@ impl Product {
         let height = self.sizes.rows.min(ROWS);
         for (row, sums) in rows.clone().zip(sums) {
             let (start, sums) = (row * self.sizes.columns + columns.start, &sums[..columns.len()]);
-            // SAFETY: every sum has a place of its own.
-            #[allow(unsafe_code)]
             match out {
                 Out::Fresh(_) if columns.len() == WIDTH && row < rows.start + rows.len() / height * height => {}
+                // SAFETY: every sum has a place of its own.
+                #[allow(unsafe_code)]
                 Out::Fresh(c) => unsafe { c.write(start, sums) },
                 Out::Added(c) => {
+                    // SAFETY: the same.
+                    #[allow(unsafe_code)]
                     let c = unsafe { c.part(start, sums.len()) };
                     c.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
                 }

@@ -154,8 +154,8 @@ impl<F: Unpack> Kernel for Strip<'_, F> {
                 }
                 if F::MINS {
                     let min = isa.load(&mins[part]);
-                    for row in 0..ROWS {
-                        sums[row] = isa.fma(min, isa.splat(left.sums[row]), sums[row]);
+                    for (sum, x) in sums.iter_mut().zip(&left.sums) {
+                        *sum = isa.fma(min, isa.splat(*x), *sum);
                     }
                 }
             }
