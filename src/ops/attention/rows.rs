@@ -352,14 +352,19 @@ impl<E: Element, const R: usize, const C: usize> Kernel for AddValues<'_, E, R, 
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
-        let width = self.sums.len() / R;
+        // Nothing is seen of the tile where the range is empty, which may end before it starts.
+        let Some([row, ..]) = self.values.get(self.range.clone()) else { return };
+        let (head_dim, width) = (row.len(), self.sums.len() / R);
         let mut d = 0;
         while d < width {
-            if d + C * LANES <= width {
+            if d + C * LANES <= head_dim {
                 self.columns::<I, C>(isa, d, width);
                 d += C * LANES;
-            } else {
+            } else if d + LANES <= head_dim {
                 self.columns::<I, 1>(isa, d, width);
+                d += LANES;
+            } else {
+                self.last(isa, d, width);
                 d += LANES;
             }
         }
@@ -367,32 +372,49 @@ impl<E: Element, const R: usize, const C: usize> Kernel for AddValues<'_, E, R, 
 }
 
 impl<E: Element, const R: usize, const C: usize> AddValues<'_, E, R, C> {
-    /// N vectors from `d` on.
+    /// N vectors from `d` on. Nothing else may be in the loop: the sums would live in memory.
     #[inline(always)]
     fn columns<I: Isa, const N: usize>(&mut self, isa: I, d: usize, width: usize) {
+        let mut totals = self.totals::<I, N>(isa, d, width);
+        for j in self.range.clone() {
+            let row = &self.values[j][d..d + N * LANES];
+            let mut value = [isa.splat(0.0); N];
+            for (value, part) in value.iter_mut().zip(row.as_chunks().0) {
+                *value = E::widen(isa, part);
+            }
+            for (totals, weights) in totals.iter_mut().zip(self.weights) {
+                add_products(isa, isa.broadcast(weights[j]), &value, totals);
+            }
+        }
+        self.keep(isa, d, width, &totals);
+    }
+
+    /// The end from `d` on of a head_dim that is no multiple of the lanes.
+    #[inline(always)]
+    fn last<I: Isa>(&mut self, isa: I, d: usize, width: usize) {
+        let mut totals = self.totals::<I, 1>(isa, d, width);
+        for j in self.range.clone() {
+            let value = [widen_part(isa, &self.values[j][d..])];
+            for (totals, weights) in totals.iter_mut().zip(self.weights) {
+                add_products(isa, isa.broadcast(weights[j]), &value, totals);
+            }
+        }
+        self.keep(isa, d, width, &totals);
+    }
+
+    #[inline(always)]
+    fn totals<I: Isa, const N: usize>(&self, isa: I, d: usize, width: usize) -> [[I::V; N]; R] {
         let mut totals = [[isa.splat(0.0); N]; R];
         for (totals, sums) in totals.iter_mut().zip(self.sums.chunks_exact(width)) {
             for (total, sum) in totals.iter_mut().zip(sums[d..].as_chunks().0) {
                 *total = isa.load(sum);
             }
         }
-        for j in self.range.clone() {
-            let row = &self.values[j][d..];
-            let mut value = [isa.splat(0.0); N];
-            if let Some(full) = row.get(..N * LANES) {
-                for (value, full) in value.iter_mut().zip(full.as_chunks().0) {
-                    *value = E::widen(isa, full);
-                }
-            } else {
-                // The end of a head_dim that is no multiple of the lanes.
-                for (c, value) in value.iter_mut().enumerate() {
-                    *value = widen_part(isa, &row[c * LANES..]);
-                }
-            }
-            for (totals, weights) in totals.iter_mut().zip(self.weights) {
-                add_products(isa, isa.broadcast(weights[j]), &value, totals);
-            }
-        }
+        totals
+    }
+
+    #[inline(always)]
+    fn keep<I: Isa, const N: usize>(&mut self, isa: I, d: usize, width: usize, totals: &[[I::V; N]; R]) {
         for (totals, sums) in totals.iter().zip(self.sums.chunks_exact_mut(width)) {
             for (total, sum) in totals.iter().zip(sums[d..].as_chunks_mut().0) {
                 isa.store(*total, sum);
