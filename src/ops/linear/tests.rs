@@ -178,7 +178,7 @@ fn an_adapter_is_a_low_rank_change_of_the_weight() {
 #[test]
 fn a_packed_weight_multiplies_rounded_activations_with_the_same_bits_in_every_batch() {
     let round = |x: &Tensor| x.to_dtype(DType::BF16).unwrap();
-    for (columns, k) in [(1, 2), (64, 96), (75, 258), (130, 1030)] {
+    for (columns, k) in [(1, 2), (64, 96), (75, 258), (130, 1030), (130, 1024)] {
         let (x, weight) = (tensor(9, (70, k)), round(&tensor(10, (columns, k))));
         let mut layer = Linear::dense(weight.clone()).unwrap();
         if !layer.pack().unwrap() {
