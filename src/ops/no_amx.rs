@@ -20,6 +20,7 @@ pub(super) enum Begin {
 
 /// See `amx.rs`.
 #[derive(Clone, Copy)]
+#[allow(dead_code)]
 pub(super) struct Operand<'a, N> {
     pub(super) numbers: &'a [N],
     pub(super) ahead: usize,

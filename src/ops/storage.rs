@@ -115,6 +115,8 @@ impl<'a, T> Shared<'a, T> {
 }
 
 /// The first `width` elements of `rows` rows that lie `across` apart, to be written.
+// Only `amx` writes to it.
+#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code))]
 pub(super) struct Target<'a> {
     pub(super) start: *mut f32,
     pub(super) across: usize,
