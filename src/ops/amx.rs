@@ -1,6 +1,7 @@
 //! The matrix unit of recent Intel server processors (AMX): eight registers of sixteen rows of 64 bytes, and instructions that add the
 //! product of two of them to a third. Owns whether there is one, its set-up in a thread and the innermost loops; what is multiplied in
-//! which layout is the business of `linear::matrix`. Written as assembly because the compiler's own functions for it are not stable.
+//! which layout is the business of `linear::matrix` and `quantized::matrix`. Written as assembly because the compiler's own functions for
+//! it are not stable.
 #![allow(unsafe_code)]
 
 use crate::ops::storage::Target;
@@ -117,9 +118,11 @@ impl Drop for Registers {
 
 impl Registers {
     /// The product of `left` `[pairs / 16, rows, 16]` and `right` `[pairs, 64]`, both pairs of bf16, whose number is a multiple of sixteen,
-    /// and, as `begin` says, `sums` `[rows, 64]`; goes to `out`, or else to `sums`. A sum over k is, for every 32 numbers in order: the products of the even ones in one
-    /// chain of fused multiply-adds from zero, those of the odd ones in another, the two added, the result added to the sum; subnormal
-    /// numbers count as zeros (Intel's Software Developer's Manual, TDPBF16PS).
+    /// and, as `begin` says, `sums` `[rows, 64]`; goes to `out`, or else to `sums`.
+    ///
+    /// A sum over k is, for every 32 numbers in order: the products of the even ones in one chain of fused multiply-adds from zero, those
+    /// of the odd ones in another, the two added, the result added to the sum; subnormal numbers count as zeros (Intel's Software
+    /// Developer's Manual, TDPBF16PS).
     pub(super) fn multiply_bf16<P>(
         &self,
         begin: Begin,

@@ -1,7 +1,7 @@
 //! Serving bf16 weights with activations rounded to bf16: half the work of float32 where the processor multiplies pairs of bf16.
 //! Weights lie in panels of columns, pairs of neighbours along k: read in order for one row, and no packing for many.
-//! Every sum is one chain over k, so rows, threads and panels change no bit; another processor may. Where there is a matrix unit, panels
-//! are multiplied there, by `matrix`.
+//! Every sum has one order over k, so rows, threads and panels change no bit; another processor may. Where there is a matrix unit, panels
+//! are multiplied there, by `matrix`; otherwise here, every sum in one chain.
 
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Storage, Tensor};
 use half::bf16;
