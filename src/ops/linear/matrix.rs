@@ -157,6 +157,11 @@ impl Product {
         let once = all <= ROWS;
         for first in rows.clone().step_by(BLOCK) {
             let last = rows.end.min(first + BLOCK);
+            // Rows whose sums the unit writes to their places itself: whole strips over a whole panel.
+            let direct = match out {
+                Out::Fresh(_) if width == WIDTH => (last - first) / height * height,
+                _ => 0,
+            };
             for part in (0..steps).step_by(PART) {
                 let end = steps.min(part + PART);
                 let begin = if part == 0 { Begin::Zeros } else { Begin::Sums };
@@ -166,11 +171,10 @@ impl Product {
                     let left = &self.left[part * self.rows + row * (end - part)..][..(end - part) * height];
                     // The next strip, while this one is multiplied.
                     let left = Operand { numbers: left, ahead: if once { 0 } else { size_of_val(left) } };
-                    let whole = end == steps && width == WIDTH && row + height <= last;
                     let target = match out {
                         // SAFETY: every sum has a place of its own.
                         #[allow(unsafe_code)]
-                        Out::Fresh(c) if whole => unsafe {
+                        Out::Fresh(c) if end == steps && row < first + direct => unsafe {
                             Some(c.target(row * columns + column, columns, height, WIDTH))
                         },
                         _ => None,
@@ -178,17 +182,15 @@ impl Product {
                     registers.multiply_bf16(begin, left, right, sums, target);
                 }
             }
-            self.put(first..last, column..column + width, sums, out);
+            self.put(first + direct..last, column..column + width, &sums[direct..], out);
         }
     }
 
-    /// Puts the sums of a block where they are not yet.
+    /// Puts the sums of rows to their places.
     fn put(&self, rows: Range<usize>, columns: Range<usize>, sums: &[[f32; WIDTH]], out: &Out<'_>) {
-        let height = self.sizes.rows.min(ROWS);
-        for (row, sums) in rows.clone().zip(sums) {
+        for (row, sums) in rows.zip(sums) {
             let (start, sums) = (row * self.sizes.columns + columns.start, &sums[..columns.len()]);
             match out {
-                Out::Fresh(_) if columns.len() == WIDTH && row < rows.start + rows.len() / height * height => {}
                 // SAFETY: every sum has a place of its own.
                 #[allow(unsafe_code)]
                 Out::Fresh(c) => unsafe { c.write(start, sums) },
