@@ -30,9 +30,12 @@ pub struct Options {
     /// Key and value heads
     #[arg(long, default_value_t = 4)]
     pub kv_heads: usize,
-    /// Width of the feed-forward layer
+    /// Width of the feed-forward layer, or of each expert
     #[arg(long, default_value_t = 2048)]
     pub intermediate: usize,
+    /// Experts in a layer, of which two compute each token: a Mixtral
+    #[arg(long, value_parser = clap::value_parser!(u16).range(2..=256))]
+    pub experts: Option<u16>,
     /// Tokens of the vocabulary, at least 259
     #[arg(long, default_value_t = 32000, value_parser = clap::value_parser!(u32).range(259..=1_000_000))]
     pub vocab: u32,
@@ -104,8 +107,12 @@ fn to_text(value: &Value) -> Result<String> {
 }
 
 fn config(options: &Options) -> Value {
+    let (class, kind) = match options.experts {
+        None => ("MistralForCausalLM", "mistral"),
+        Some(_) => ("MixtralForCausalLM", "mixtral"),
+    };
     let (architecture, append_eos) = match options.kind {
-        Kind::Policy => ("MistralForCausalLM", None),
+        Kind::Policy => (class, None),
         Kind::Reward => ("EurusRewardModel", Some(false)),
     };
     let dtype = match options.dtype {
@@ -114,7 +121,7 @@ fn config(options: &Options) -> Value {
         WeightType::F16 => "float16",
     };
     let mut config = json!({
-        "architectures": [architecture], "model_type": "mistral", "torch_dtype": dtype, "hidden_act": "silu",
+        "architectures": [architecture], "model_type": kind, "torch_dtype": dtype, "hidden_act": "silu",
         "hidden_size": options.hidden, "intermediate_size": options.intermediate,
         "num_hidden_layers": options.layers, "num_attention_heads": options.heads,
         "num_key_value_heads": options.kv_heads, "vocab_size": options.vocab,
@@ -123,6 +130,10 @@ fn config(options: &Options) -> Value {
     });
     if let Some(append_eos) = append_eos {
         config["append_eos"] = json!(append_eos);
+    }
+    if let Some(experts) = options.experts {
+        config["num_local_experts"] = json!(experts);
+        config["num_experts_per_tok"] = json!(2);
     }
     config
 }

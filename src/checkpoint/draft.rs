@@ -1,7 +1,7 @@
 //! Files and folders that appear under their name when they are complete: written beside it, flushed to the disk, then renamed.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -91,10 +91,24 @@ impl Output {
         Ok(())
     }
 
+    /// Goes on at `at`, which may be before or after what was written; what is left out is zeros.
+    pub(super) fn go_to(&mut self, at: u64) -> Result<()> {
+        self.at = at;
+        self.writer.seek(io::SeekFrom::Start(at)).map_err(|error| self.failed(&error))?;
+        Ok(())
+    }
+
     /// Flushes the file to the disk.
     pub(super) fn finish(mut self) -> Result<()> {
         let flushed = self.writer.flush().and_then(|()| self.writer.get_ref().sync_all());
         flushed.map_err(|error| self.failed(&error))
+    }
+
+    /// As [`Output::finish`], the file filled up with zeros to `len` bytes.
+    pub(super) fn finish_at(mut self, len: u64) -> Result<()> {
+        let sized = self.writer.flush().and_then(|()| self.writer.get_ref().set_len(len));
+        sized.map_err(|error| self.failed(&error))?;
+        self.finish()
     }
 
     fn failed(&self, error: &io::Error) -> Error {

@@ -8,6 +8,7 @@ use half::{bf16, f16};
 
 use super::tensor::{Storage, TensorInfo, bytes};
 use crate::error::{Error, Result};
+use crate::model::config::tensors::is_router;
 use crate::model::config::{HeadKind, ModelConfig};
 use crate::model::weights::{ABS_MAX, Format, quantize};
 
@@ -16,8 +17,8 @@ const CHUNK: usize = 1 << 20;
 /// Layers of the 70B shape, whose values are shared by so many heads that llama.cpp gives them another bit.
 const LAYERS_OF_70B: usize = 80;
 
-/// What the matrices of a model are rounded to. Names and mixtures are those of llama.cpp's files; vectors and the head of a
-/// reward model are never rounded.
+/// What the matrices of a model are rounded to. Names and mixtures are those of llama.cpp's files; vectors, the head of a reward
+/// model and routers of experts are never rounded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rounding {
     /// 16 bits with the range of float32.
@@ -78,7 +79,7 @@ impl Rounding {
     pub(super) fn storage(self, info: &TensorInfo, config: &ModelConfig) -> Storage {
         let is_reward_head = config.head == HeadKind::Reward && config.head_tensor == Some(info.name.as_str());
         let k = match *info.shape.as_slice() {
-            [_, k] if !is_reward_head => k,
+            [_, k] if !is_reward_head && !is_router(&info.name) => k,
             _ => return info.storage.clone(),
         };
         let Storage::Quantized(format) = self.main() else { return self.main() };
@@ -100,14 +101,15 @@ impl Rounding {
         }
         let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
         let layer = layer.and_then(|(index, part)| Some((index.parse::<usize>().ok()?, part)));
+        let Some((index, part)) = layer else { return format };
         let is_mixture = matches!(self, Self::Q4KM | Self::Q5KM);
-        match layer {
-            Some((index, "self_attn.v_proj.weight" | "mlp.down_proj.weight"))
-                if is_mixture && gets_more_bits(index, config.layers) =>
-            {
-                Format::Q6K
-            }
-            Some((_, "self_attn.v_proj.weight")) if self == Self::Q4KM && config.layers == LAYERS_OF_70B => Format::Q5K,
+        let has_8_experts = config.experts.is_some_and(|experts| experts.count == 8);
+        match part {
+            // Small beside eight experts.
+            "self_attn.k_proj.weight" | "self_attn.v_proj.weight" if has_8_experts => Format::Q8_0,
+            "self_attn.o_proj.weight" if has_8_experts && self == Self::Q4KM => Format::Q5K,
+            _ if is_mixture && is_wide(part) && gets_more_bits(index, config.layers) => Format::Q6K,
+            "self_attn.v_proj.weight" if self == Self::Q4KM && config.layers == LAYERS_OF_70B => Format::Q5K,
             _ => format,
         }
     }
@@ -122,6 +124,14 @@ impl fmt::Display for Rounding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
+}
+
+/// Whether the mixtures give this part of a layer more bits: values, and what leads back to the residual stream from experts or the one
+/// feed-forward layer.
+fn is_wide(part: &str) -> bool {
+    let down =
+        part == "mlp.down_proj.weight" || part.starts_with("block_sparse_moe.experts.") && part.ends_with(".w2.weight");
+    down || part == "self_attn.v_proj.weight"
 }
 
 /// The first and the last eighth of the layers, and every third between.
@@ -193,10 +203,14 @@ mod tests {
     use super::*;
 
     fn config(layers: usize, intermediate: usize, tied: bool) -> ModelConfig {
+        of_type("mistral", layers, intermediate, tied)
+    }
+
+    fn of_type(kind: &str, layers: usize, intermediate: usize, tied: bool) -> ModelConfig {
         let json = serde_json::json!({
-            "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 256,
-            "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": intermediate,
-            "vocab_size": 320, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": tied
+            "model_type": kind, "hidden_size": 256, "num_hidden_layers": layers, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": intermediate, "vocab_size": 320, "max_position_embeddings": 64,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": tied
         });
         ModelConfig::parse(&json.to_string(), None).unwrap()
     }
@@ -230,6 +244,29 @@ mod tests {
         let deep = self::config(80, 512, false);
         assert_eq!(kept(Rounding::Q4KM, &deep, "model.layers.11.self_attn.v_proj.weight"), "Q5_K");
         assert_eq!(kept(Rounding::Q4KM, &deep, "model.layers.11.mlp.down_proj.weight"), "Q4_K");
+    }
+
+    #[test]
+    fn mixtures_of_eight_experts_give_attention_more_bits() {
+        let config = of_type("mixtral", 16, 512, false);
+        let kept = |rounding, part: &str| kept(rounding, &config, &format!("model.layers.{part}.weight"));
+        // What llama-quantize gives a model of sixteen layers with eight experts.
+        for (rounding, most, output) in [(Rounding::Q4KM, "Q4_K", "Q5_K"), (Rounding::Q5KM, "Q5_K", "Q5_K")] {
+            for part in ["2.self_attn.k_proj", "2.self_attn.v_proj", "0.self_attn.v_proj"] {
+                assert_eq!(kept(rounding, part), "Q8_0");
+            }
+            assert_eq!(kept(rounding, "2.self_attn.o_proj"), output);
+            assert_eq!(kept(rounding, "2.self_attn.q_proj"), most);
+            for part in ["w1", "w2", "w3"] {
+                assert_eq!(kept(rounding, &format!("2.block_sparse_moe.experts.7.{part}")), most);
+            }
+            assert_eq!(kept(rounding, "1.block_sparse_moe.experts.7.w2"), "Q6_K");
+            assert_eq!(kept(rounding, "1.block_sparse_moe.experts.7.w1"), most);
+            assert_eq!(kept(rounding, "1.block_sparse_moe.gate"), "f32");
+        }
+        assert_eq!(kept(Rounding::Bf16, "1.block_sparse_moe.gate"), "f32");
+        assert_eq!(kept(Rounding::Q4_0, "1.self_attn.k_proj"), "Q8_0");
+        assert_eq!(kept(Rounding::Q4_0, "1.self_attn.o_proj"), "Q4_0");
     }
 
     #[test]

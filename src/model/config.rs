@@ -6,6 +6,7 @@ use candle_core::DType;
 use crate::error::Result;
 
 mod keys;
+pub(crate) mod tensors;
 
 use keys::Keys;
 
@@ -24,6 +25,9 @@ mod most {
     pub(super) const PARAMETERS: u64 = 1 << 40;
 }
 
+/// Most experts that a layer may have.
+pub const EXPERTS_MAX: usize = 1 << 8;
+
 /// The families of decoders that one implementation covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
@@ -31,6 +35,17 @@ pub enum Architecture {
     Mistral,
     /// `model_type` llama: no sliding window, whatever the file says, as in transformers.
     Llama,
+    /// `model_type` mixtral: Mistral with several feed-forward layers in the place of one.
+    Mixtral,
+}
+
+/// The feed-forward layers among which a router chooses for every token (arXiv 2401.04088, section 2.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Experts {
+    /// How many there are in a layer.
+    pub count: usize,
+    /// How many compute each token; at most `count`.
+    pub per_token: usize,
 }
 
 /// What is read off the last hidden state.
@@ -61,8 +76,10 @@ pub struct ModelConfig {
     pub kv_heads: usize,
     /// Width of a head, even; `heads * head_dim` need not be `hidden`.
     pub head_dim: usize,
-    /// Width of the feed-forward layer.
+    /// Width of the feed-forward layer, or of each expert.
     pub intermediate: usize,
+    /// None where a layer has one feed-forward layer for all tokens.
+    pub experts: Option<Experts>,
     /// Rows of the embedding.
     pub vocab: usize,
     /// Base of the rotary frequencies.
@@ -104,8 +121,8 @@ impl ModelConfig {
 
         let heads = keys.size("num_attention_heads", most::HEADS);
         let hidden = keys.size("hidden_size", most::HIDDEN);
-        // MistralConfig's own default is 8; LlamaConfig's is one key head for each query head.
-        let kv_default = if architecture == Some(Architecture::Mistral) { 8 } else { heads };
+        // The default of MistralConfig and MixtralConfig is 8; LlamaConfig's is one key head for each query head.
+        let kv_default = if architecture == Some(Architecture::Llama) { heads } else { 8 };
         let vocab = keys.size("vocab_size", most::VOCAB);
         let mut config = Self {
             architecture: architecture.unwrap_or(Architecture::Llama),
@@ -117,6 +134,7 @@ impl ModelConfig {
             kv_heads: keys.size_or("num_key_value_heads", most::HEADS, kv_default),
             head_dim: head_dim(&mut keys, hidden, heads),
             intermediate: keys.size("intermediate_size", most::INTERMEDIATE),
+            experts: experts(&mut keys, architecture),
             vocab,
             rope_theta: rope_theta(&mut keys),
             rms_eps: keys.real("rms_norm_eps", 1e-20..=0.1).unwrap_or(1e-6),
@@ -141,11 +159,6 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Number of weights, all tensors of [`ModelConfig::weight_shapes`] together.
-    pub fn parameter_count(&self) -> u64 {
-        self.checked_parameter_count().unwrap_or(u64::MAX)
-    }
-
     /// What attention scores are multiplied by: 1 / sqrt(head_dim) (arXiv 1706.03762, section 3.2.1).
     pub fn attention_scale(&self) -> f32 {
         (1.0 / (self.head_dim as f64).sqrt()) as f32
@@ -154,56 +167,6 @@ impl ModelConfig {
     /// Bytes of key-value cache that one token occupies over all layers, of numbers of `number_bytes`.
     pub fn kv_bytes_per_token(&self, number_bytes: u64) -> u64 {
         2 * number_bytes * self.layers as u64 * self.kv_heads as u64 * self.head_dim as u64
-    }
-
-    /// Every tensor the checkpoint must hold: its Hugging Face name and its shape, `[out, in]` for matrices.
-    pub fn weight_shapes(&self) -> Vec<(String, Vec<usize>)> {
-        let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab, self.hidden])];
-        for layer in 0..self.layers {
-            for (name, shape) in self.layer_shapes() {
-                shapes.push((format!("model.layers.{layer}.{name}.weight"), shape));
-            }
-        }
-        shapes.push(("model.norm.weight".to_owned(), vec![self.hidden]));
-        if let Some(name) = self.head_tensor {
-            shapes.push((name.to_owned(), vec![self.head_rows(), self.hidden]));
-        }
-        shapes
-    }
-
-    fn layer_shapes(&self) -> [(&'static str, Vec<usize>); 9] {
-        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let (hidden, intermediate) = (self.hidden, self.intermediate);
-        [
-            ("input_layernorm", vec![hidden]),
-            ("self_attn.q_proj", vec![queries, hidden]),
-            ("self_attn.k_proj", vec![keys, hidden]),
-            ("self_attn.v_proj", vec![keys, hidden]),
-            ("self_attn.o_proj", vec![hidden, queries]),
-            ("post_attention_layernorm", vec![hidden]),
-            ("mlp.gate_proj", vec![intermediate, hidden]),
-            ("mlp.up_proj", vec![intermediate, hidden]),
-            ("mlp.down_proj", vec![hidden, intermediate]),
-        ]
-    }
-
-    fn head_rows(&self) -> usize {
-        match self.head {
-            HeadKind::Language => self.vocab,
-            HeadKind::Reward => 1,
-        }
-    }
-
-    fn checked_parameter_count(&self) -> Option<u64> {
-        let product = |shape: &[usize]| shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64));
-        let mut layer = 0u64;
-        for (_, shape) in self.layer_shapes() {
-            layer = layer.checked_add(product(&shape)?)?;
-        }
-        let embedding = product(&[self.vocab, self.hidden])?;
-        let head = if self.head_tensor.is_some() { product(&[self.head_rows(), self.hidden])? } else { 0 };
-        let rest = embedding.checked_add(head)?.checked_add(self.hidden as u64)?;
-        layer.checked_mul(self.layers as u64)?.checked_add(rest)
     }
 
     /// What only several keys together can break. A size of 0 stands for one already found wrong.
@@ -226,6 +189,7 @@ fn architecture(keys: &mut Keys) -> Option<Architecture> {
     let class = keys.architecture_class();
     let from_class = || match class.as_deref() {
         Some(class) if class.starts_with("Mistral") => Some("mistral".to_owned()),
+        Some(class) if class.starts_with("Mixtral") => Some("mixtral".to_owned()),
         Some(class) if class.starts_with("Llama") => Some("llama".to_owned()),
         _ => None,
     };
@@ -233,12 +197,9 @@ fn architecture(keys: &mut Keys) -> Option<Architecture> {
     match name.as_deref() {
         Some("mistral") => Some(Architecture::Mistral),
         Some("llama") => Some(Architecture::Llama),
-        Some("mixtral") => {
-            keys.unsupported("model_type mixtral (mixture of experts) is not supported yet".to_owned());
-            None
-        }
+        Some("mixtral") => Some(Architecture::Mixtral),
         Some(other) => {
-            keys.unsupported(format!("model_type {other} is not supported (supported: mistral, llama)"));
+            keys.unsupported(format!("model_type {other} is not supported (supported: mistral, mixtral, llama)"));
             None
         }
         None => {
@@ -253,10 +214,12 @@ fn head(keys: &mut Keys, tied: bool) -> (HeadKind, Option<&'static str>) {
     let language = (HeadKind::Language, if tied { None } else { Some("lm_head.weight") });
     let class = keys.architecture_class();
     match class.as_deref() {
-        None | Some("MistralForCausalLM" | "LlamaForCausalLM") => language,
+        None | Some("MistralForCausalLM" | "MixtralForCausalLM" | "LlamaForCausalLM") => language,
         // id2label is left out of account: these configs carry the two labels that transformers gives every model.
         Some("EurusRewardModel" | "LlamaRewardModel") => (HeadKind::Reward, Some("regression_head.weight")),
-        Some("MistralForSequenceClassification" | "LlamaForSequenceClassification") => {
+        Some(
+            "MistralForSequenceClassification" | "MixtralForSequenceClassification" | "LlamaForSequenceClassification",
+        ) => {
             let labels = keys.label_count();
             if labels != 1 {
                 keys.unsupported(format!("num_labels {labels}: a classifier with other than one label is no reward"));
@@ -266,7 +229,7 @@ fn head(keys: &mut Keys, tied: bool) -> (HeadKind, Option<&'static str>) {
         Some(other) => {
             keys.unsupported(format!(
                 "architecture {other} is not supported (supported: *ForCausalLM, *ForSequenceClassification and \
-                 EurusRewardModel of mistral and llama)"
+                 EurusRewardModel of mistral, mixtral and llama)"
             ));
             language
         }
@@ -333,7 +296,19 @@ fn rope_theta(keys: &mut Keys) -> f64 {
 fn window(keys: &mut Keys, architecture: Option<Architecture>) -> Option<usize> {
     let used = keys.flag("use_sliding_window", true);
     let window = keys.has("sliding_window").then(|| keys.size("sliding_window", usize::MAX));
-    window.filter(|_| used && architecture == Some(Architecture::Mistral))
+    window.filter(|_| used && architecture != Some(Architecture::Llama))
+}
+
+fn experts(keys: &mut Keys, architecture: Option<Architecture>) -> Option<Experts> {
+    if architecture != Some(Architecture::Mixtral) {
+        return None;
+    }
+    let count = keys.size_or("num_local_experts", EXPERTS_MAX, 8);
+    let per_token = keys.size_or("num_experts_per_tok", EXPERTS_MAX, 2);
+    if per_token > count && count > 0 {
+        keys.wrong("num_experts_per_tok", format!("is {per_token}, of {count} experts"));
+    }
+    Some(Experts { count, per_token })
 }
 
 #[cfg(test)]
@@ -390,11 +365,22 @@ mod tests {
         }));
         assert_eq!(eurus_70b.parameter_count(), 68_976_910_336);
         assert_eq!((eurus_70b.window, eurus_70b.rope_theta), (None, 1e6));
+
+        let eurux = parsed(&json!({
+            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 6144, "num_hidden_layers": 56,
+            "num_attention_heads": 48, "intermediate_size": 16384, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "sliding_window": null, "rope_theta": 1000000, "max_position_embeddings": 65536
+        }));
+        assert_eq!(eurux.parameter_count(), 140_620_634_112);
+        assert_eq!((eurux.window, eurux.experts), (None, Some(Experts { count: 8, per_token: 2 })));
     }
 
     #[test]
     fn the_shapes_add_up_to_the_parameter_count() {
-        for changes in [json!({}), json!({"tie_word_embeddings": true}), json!({"head_dim": 64, "vocab_size": 7})] {
+        let mixtral = json!({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 3});
+        for changes in
+            [json!({}), json!({"tie_word_embeddings": true}), json!({"head_dim": 64, "vocab_size": 7}), mixtral]
+        {
             let config = parsed(&changes);
             let sum: usize = config.weight_shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
             assert_eq!(sum as u64, config.parameter_count(), "{changes}");
@@ -505,8 +491,6 @@ mod tests {
             Err(Error::Unsupported(message)) => message,
             other => panic!("{changes}: {other:?}"),
         };
-        let mixtral = refused(json!({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}));
-        assert_eq!(mixtral, "model_type mixtral (mixture of experts) is not supported yet");
         for (changes, part) in [
             (json!({"model_type": "gpt2"}), "model_type gpt2"),
             (json!({"attention_bias": true}), "attention_bias"),

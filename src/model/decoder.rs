@@ -4,6 +4,7 @@
 use candle_core::{Device, Tensor};
 
 use super::config::ModelConfig;
+use super::mlp::Mlp;
 use super::weights::Weights;
 use crate::error::Result;
 use crate::ops::embed::embed;
@@ -12,7 +13,6 @@ use crate::ops::parameter::Parameter;
 use crate::ops::place::Place;
 use crate::ops::rms_norm::{add_rms_norm, rms_norm, rms_norm_backward};
 use crate::ops::rope::{RopeTable, Turn, split_rope, split_rope_backward};
-use crate::ops::swiglu::{swiglu, swiglu_backward};
 
 /// How the rows of a batch see each other and what came before them.
 pub trait Attention {
@@ -55,10 +55,7 @@ pub(super) struct Layer {
     /// `[hidden, heads * head_dim]`.
     pub(super) output: Linear,
     pub(super) mlp_norm: Parameter,
-    /// `[2 * intermediate, hidden]`: gate, up.
-    pub(super) gate_up: Linear,
-    /// `[hidden, intermediate]`.
-    pub(super) down: Linear,
+    pub(super) mlp: Mlp,
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
@@ -75,7 +72,8 @@ pub(super) struct Trace {
     /// `x` and what attention added.
     pub(super) y: Tensor,
     mlp_normed: Tensor,
-    gate_up: Tensor,
+    /// None of experts, which have no gradients.
+    gate_up: Option<Tensor>,
 }
 
 /// The rows of a step: `[T]` u32 positions, and how they see each other.
@@ -145,8 +143,7 @@ impl Decoder {
         let qkv = layer.qkv.forward(&normed)?;
         let attended = rows.attention.attend(index, &qkv, &self.turn(layer, rows.positions))?;
         let (y, mlp_normed) = add_norm(layer.output.forward(&attended)?, Some(x.clone()), &layer.mlp_norm, self.eps)?;
-        let gate_up = layer.gate_up.forward(&mlp_normed)?;
-        let mlp = layer.down.forward(&swiglu(&gate_up)?)?;
+        let (mlp, gate_up) = layer.mlp.forward(&mlp_normed)?;
         Ok((Trace { x, normed, qkv, attended, y, mlp_normed, gate_up }, mlp))
     }
 
@@ -175,9 +172,7 @@ impl Decoder {
         rows: &Rows<'_, A>,
     ) -> Result<Tensor> {
         let layer = &self.layers[index];
-        let d_act = layer.down.backward(&swiglu(&trace.gate_up)?, &d)?;
-        let d_gate_up = swiglu_backward(&trace.gate_up, &d_act)?;
-        let d_normed = layer.gate_up.backward(&trace.mlp_normed, &d_gate_up)?;
+        let d_normed = layer.mlp.backward(&trace.mlp_normed, trace.gate_up.as_ref(), &d)?;
         rms_norm_backward(&d, &trace.y, &layer.mlp_norm, self.eps, &d_normed)?;
         let d_attended = layer.output.backward(&trace.attended, &d)?;
         let turn = self.turn(layer, rows.positions);
@@ -203,7 +198,7 @@ fn add_norm(residual: Tensor, added: Option<Tensor>, weight: &Parameter, eps: f6
 
 impl Layer {
     fn new(config: &ModelConfig, weights: &mut Weights, index: usize, place: &Place) -> Result<Self> {
-        let ModelConfig { hidden, heads, kv_heads, head_dim, intermediate, .. } = *config;
+        let ModelConfig { hidden, heads, kv_heads, head_dim, .. } = *config;
         let prefix = format!("model.layers.{index}");
         let mut norm = |name: &str| place.put(weights.take(&format!("{prefix}.{name}.weight"), &[hidden])?.into());
         let (attention_norm, mlp_norm) = (norm("input_layernorm")?, norm("post_attention_layernorm")?);
@@ -218,11 +213,7 @@ impl Layer {
             ])?)?,
             output: put(part("self_attn.o_proj", &[hidden, heads * head_dim])?)?,
             mlp_norm,
-            gate_up: put(Parameter::stack(&[
-                part("mlp.gate_proj", &[intermediate, hidden])?,
-                part("mlp.up_proj", &[intermediate, hidden])?,
-            ])?)?,
-            down: put(part("mlp.down_proj", &[hidden, intermediate])?)?,
+            mlp: Mlp::new(config, weights, &prefix, place)?,
             heads,
             kv_heads,
             head_dim,

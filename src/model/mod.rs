@@ -3,6 +3,7 @@
 pub mod config;
 pub mod decoder;
 pub mod heads;
+mod mlp;
 pub mod parameters;
 pub mod random;
 pub mod tape;

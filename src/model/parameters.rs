@@ -183,34 +183,30 @@ impl Head {
 }
 
 impl Layer {
-    fn each(&self) -> [&Linear; 4] {
-        [&self.qkv, &self.output, &self.gate_up, &self.down]
+    fn each(&self) -> impl Iterator<Item = &Linear> {
+        [&self.qkv, &self.output].into_iter().chain(self.mlp.each())
     }
 
-    fn each_mut(&mut self) -> [&mut Linear; 4] {
-        [&mut self.qkv, &mut self.output, &mut self.gate_up, &mut self.down]
+    fn each_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        [&mut self.qkv, &mut self.output].into_iter().chain(self.mlp.each_mut())
     }
 
     /// What [`Layer::each`] are made of, for layer `index`.
-    fn linears(&self, index: usize) -> [Vec<Part>; 4] {
-        let rows = |linear: &Linear| linear.weight().value().dims().first().copied().unwrap_or(0);
-        let parts = |sizes: &[(&str, usize)]| {
+    fn linears(&self, index: usize) -> Vec<Vec<Part>> {
+        let parts = |sizes: Vec<(String, usize)>| {
             let mut first = 0;
-            let part = |&(name, count): &(&str, usize)| {
+            let part = |(name, count): (String, usize)| {
                 let rows = first..first + count;
                 first = rows.end;
                 Part { name: format!("model.layers.{index}.{name}.weight"), rows }
             };
-            sizes.iter().map(part).collect::<Vec<_>>()
+            sizes.into_iter().map(part).collect()
         };
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let half = rows(&self.gate_up) / 2;
-        [
-            parts(&[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)]),
-            parts(&[("self_attn.o_proj", rows(&self.output))]),
-            parts(&[("mlp.gate_proj", half), ("mlp.up_proj", half)]),
-            parts(&[("mlp.down_proj", rows(&self.down))]),
-        ]
+        let output = self.output.dims().map_or(0, |(rows, _)| rows);
+        let qkv = [("q", q), ("k", kv), ("v", kv)].map(|(name, rows)| (format!("self_attn.{name}_proj"), rows));
+        let attention = [qkv.into(), vec![("self_attn.o_proj".to_owned(), output)]];
+        attention.into_iter().chain(self.mlp.names()).map(parts).collect()
     }
 }
 

@@ -64,6 +64,7 @@ pub const FAMILIES: &[Family] = &[
     family("rope_kv", "rope_kv", 10),
     family("swiglu", "swiglu", 3),
     family("embed", "embed", 4),
+    family("experts", "add_expert", 5),
     family("logprobs", "target_scores", 4),
     family("sample", "sample", 4),
     on_tensor_cores("decode_attention", 15),
@@ -186,6 +187,11 @@ pub fn swiglu(dtype: DType, addresses: [u64; 2], [rows, width]: [usize; 2]) -> L
 /// `out` `[T, width]`, `ids` `[T]`, `weight` `[vocab, width]`; every id must be below the vocabulary.
 pub fn embed(dtype: DType, addresses: [u64; 3], [rows, width]: [usize; 2]) -> Launch {
     Launch::new(format!("embed_{}", suffix(dtype)), [rows, 1, 1], 128).addresses(&addresses).counts(&[width])
+}
+
+/// `sum` `[T, width]`, `y` `[R, width]`, `rows` `[R]`, each below T and there once, `shares` `[R]` f32.
+pub fn add_expert(dtype: DType, addresses: [u64; 4], [rows, width]: [usize; 2]) -> Launch {
+    Launch::new(format!("add_expert_{}", suffix(dtype)), [rows, 1, 1], 128).addresses(&addresses).counts(&[width])
 }
 
 /// `scores` `[R, 3]` f32, `logits` `[R, vocab]`, `targets` `[R]`: the numbers of [`super::logprobs::TargetScore`], NaN where the row

@@ -1,7 +1,6 @@
 //! Log-probabilities of one row of logits: log-softmax with one order of summation, and the best entries.
 //! Which rows are read is the caller's business. Training reads the same numbers, and their gradients.
 
-use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
@@ -12,6 +11,7 @@ use candle_core::{CudaStorage, DType};
 use super::host;
 use super::lanes::{Body, Isa, Kernel, LANES, store_part, widen_part};
 use super::parallel::filled;
+use super::select::best;
 use super::storage::slice;
 #[cfg(feature = "cuda")]
 use super::{cuda, kernels};
@@ -351,27 +351,6 @@ impl Kernel for Largest<'_> {
         all &= tail.iter().all(|x| is_logit(*x));
         all.then(|| lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |max, x| max.max(*x)))
     }
-}
-
-/// The ids of the `count` largest of `logits`, best first, ties by lower id. No entry may be NaN.
-pub(super) fn best(logits: &[f32], count: usize) -> Vec<u32> {
-    let order = |a: &u32, b: &u32| better(logits[*a as usize], *a, logits[*b as usize], *b);
-    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-    if count == 0 {
-        return Vec::new();
-    }
-    if count < ids.len() {
-        // Only the selected ones are sorted: the vocabulary is large and `count` small.
-        ids.select_nth_unstable_by(count - 1, order);
-        ids.truncate(count);
-    }
-    ids.sort_unstable_by(order);
-    ids
-}
-
-/// `Less` if entry `a` with logit `x` comes before entry `b` with logit `y`: larger first, then the lower id.
-pub(super) fn better(x: f32, a: u32, y: f32, b: u32) -> Ordering {
-    y.partial_cmp(&x).unwrap_or(Ordering::Equal).then(a.cmp(&b))
 }
 
 #[cfg(test)]

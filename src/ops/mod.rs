@@ -15,6 +15,7 @@ pub mod attention;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 pub mod embed;
+pub mod experts;
 pub mod host;
 pub mod kernels;
 pub mod kv_write;
@@ -31,6 +32,7 @@ pub mod rope;
 pub mod sample;
 #[cfg(test)]
 mod samples;
+mod select;
 mod storage;
 pub mod swiglu;
 

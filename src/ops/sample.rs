@@ -5,8 +5,9 @@
 use super::cuda;
 use super::kernels;
 use super::lanes::{Body, Isa, Kernel, LANES, store_part, widen_part};
-use super::logprobs::{argmax, best, better};
+use super::logprobs::argmax;
 use super::parallel::filled;
+use super::select::{self, at_least, best, rank};
 use super::storage::slice;
 use crate::error::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
@@ -15,6 +16,9 @@ use candle_core::{CudaStorage, DType};
 
 /// Tokens whose weights are added up together, lane by lane, before blocks are.
 const BLOCK: usize = 256;
+
+/// Tokens that are sorted to find the last one of a nucleus.
+const SORTED_MAX: usize = 64;
 
 /// Which tokens stay possible, and how sharply they differ. Applied in the order of the fields.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,35 +56,29 @@ pub fn pick(logits: &[f32], filters: &Filters, uniform: f64) -> Result<u32> {
     if (filters.top_k, filters.top_p, filters.min_p) == (0, 1.0, 0.0) {
         return Ok(locate(&weights, &sums, uniform).unwrap_or(first));
     }
-    Ok(invert(&possible(logits, &weights, &sums, filters), uniform).unwrap_or(first))
+    Ok(invert(&possible(logits, &weights, &sums, filters), &weights, uniform).unwrap_or(first))
 }
 
 /// What `filters` leave, in id order.
-fn possible(logits: &[f32], weights: &[f32], sums: &[f64], filters: &Filters) -> Vec<Candidate> {
-    let candidate = |token: u32| {
-        let (logit, weight) = (logits[token as usize], f64::from(weights[token as usize]));
-        Candidate { token, logit, weight }
-    };
-    let (share, min) = (f64::from(filters.top_p), f64::from(filters.min_p));
-    let (mut kept, total): (Vec<Candidate>, f64) = if filters.top_k == 0 {
+fn possible(logits: &[f32], weights: &[f32], sums: &[f64], filters: &Filters) -> Vec<u32> {
+    let share = f64::from(filters.top_p);
+    let (mut kept, total) = if filters.top_k == 0 {
         let total: f64 = sums.iter().sum();
-        // Together, tokens below this cannot fill the mass outside the nucleus, so none of them belongs to it: what is left to sort is
-        // short even for a large vocabulary.
-        let negligible = (1.0 - share) * total / logits.len() as f64;
-        let ids = (0..).zip(weights).filter(|(_, weight)| f64::from(**weight) >= negligible.max(min));
-        (ids.map(|(token, _)| candidate(token)).collect(), total)
+        // Together, tokens below this cannot fill the mass outside the nucleus, so none of them belongs to it: what is left is short
+        // even for a large vocabulary.
+        let negligible = ((1.0 - share) * total / logits.len() as f64) as f32;
+        (at_least(weights, filters.min_p.max(negligible.next_down())), total)
     } else {
-        let mut ids = best(logits, filters.top_k);
-        ids.sort_unstable();
-        let kept: Vec<Candidate> = ids.into_iter().map(candidate).collect();
-        let total = kept.iter().map(|candidate| candidate.weight).sum();
+        let mut kept = best(logits, filters.top_k);
+        kept.sort_unstable();
+        let total = kept.iter().map(|token| f64::from(weights[*token as usize])).sum();
         (kept, total)
     };
     if share < 1.0 {
-        keep_nucleus(&mut kept, share * total);
+        keep_nucleus(&mut kept, logits, weights, share * total);
     }
     // The most probable token has weight 1.
-    kept.retain(|candidate| candidate.weight >= min);
+    kept.retain(|token| weights[*token as usize] >= filters.min_p);
     kept
 }
 
@@ -108,13 +106,16 @@ impl Kernel for Weigh<'_> {
         let blocks = self.logits.chunks(BLOCK).zip(self.weights.chunks_mut(BLOCK));
         for ((logits, weights), sum) in blocks.zip(self.sums) {
             let mut lanes = [0.0; LANES];
-            for (logits, weights) in logits.chunks(LANES).zip(weights.chunks_mut(LANES)) {
-                let scaled = isa.div(isa.sub(widen_part(isa, logits), max), temperature);
-                store_part(isa, isa.exp(scaled), weights);
-                for (lane, weight) in lanes.iter_mut().zip(weights) {
-                    *lane += f64::from(*weight);
-                }
+            let (full, tail) = logits.as_chunks::<LANES>();
+            let (full_weights, tail_weights) = weights.as_chunks_mut::<LANES>();
+            for (logits, weights) in full.iter().zip(full_weights) {
+                let scaled = isa.div(isa.sub(isa.load(logits), max), temperature);
+                isa.store(isa.exp(scaled), weights);
+                (0..LANES).for_each(|lane| lanes[lane] += f64::from(weights[lane]));
             }
+            let scaled = isa.div(isa.sub(widen_part(isa, tail), max), temperature);
+            store_part(isa, isa.exp(scaled), tail_weights);
+            lanes.iter_mut().zip(tail_weights).for_each(|(lane, weight)| *lane += f64::from(*weight));
             for half in [8, 4, 2, 1] {
                 for i in 0..half {
                     lanes[i] += lanes[i + half];
@@ -240,35 +241,44 @@ impl Filters {
     }
 }
 
-/// A token that may still be drawn; `weight` is its probability in units of the most probable one's.
-#[derive(Debug, Clone, Copy)]
-struct Candidate {
-    token: u32,
-    logit: f32,
-    weight: f64,
-}
-
-/// Cuts `kept` (in id order, before and after) to the fewest most probable whose weights reach `wanted`.
-fn keep_nucleus(kept: &mut Vec<Candidate>, wanted: f64) {
-    kept.sort_unstable_by(|a, b| better(a.logit, a.token, b.logit, b.token));
-    let mut mass = 0.0;
-    let crossing = kept.iter().position(|candidate| {
-        mass += candidate.weight;
+/// Cuts `kept` to the fewest most probable tokens whose weights reach `wanted`.
+fn keep_nucleus(kept: &mut Vec<u32>, logits: &[f32], weights: &[f32], wanted: f64) {
+    let weight = |rank: &u64| f64::from(weights[select::id(*rank) as usize]);
+    let mut ranks: Vec<u64> = kept.iter().map(|&token| rank(logits[token as usize], token)).collect();
+    // Those before `open` belong to the nucleus, those after it do not.
+    let (mut open, mut mass) = (0..ranks.len(), 0.0);
+    while open.len() > SORTED_MAX {
+        let half = open.len() / 2;
+        let (better, _, _) = ranks[open.clone()].select_nth_unstable(half);
+        let added: f64 = better.iter().map(weight).sum();
+        if mass + added >= wanted {
+            open.end = open.start + half;
+        } else {
+            mass += added;
+            open.start += half;
+        }
+    }
+    let open = &mut ranks[open];
+    open.sort_unstable();
+    let crossing = open.iter().position(|rank| {
+        mass += weight(rank);
         mass >= wanted
     });
-    kept.truncate(crossing.map_or(kept.len(), |index| index + 1));
-    kept.sort_unstable_by_key(|candidate| candidate.token);
+    if let Some(last) = crossing.and_then(|index| open.get(index)).or(open.last()) {
+        kept.retain(|&token| rank(logits[token as usize], token) <= *last);
+    }
 }
 
 /// Inverse of the cumulative distribution; `None` only if nothing has weight.
-fn invert(kept: &[Candidate], uniform: f64) -> Option<u32> {
-    let total: f64 = kept.iter().map(|candidate| candidate.weight).sum();
+fn invert(kept: &[u32], weights: &[f32], uniform: f64) -> Option<u32> {
+    let weight = |token: &u32| f64::from(weights[*token as usize]);
+    let total: f64 = kept.iter().map(weight).sum();
     let target = uniform * total;
     let mut mass = 0.0;
     let mut last = None;
-    for candidate in kept.iter().filter(|candidate| candidate.weight > 0.0) {
-        mass += candidate.weight;
-        last = Some(candidate.token);
+    for token in kept.iter().filter(|token| weight(token) > 0.0) {
+        mass += weight(token);
+        last = Some(*token);
         if mass > target {
             break;
         }
@@ -421,7 +431,7 @@ mod tests {
             let top_p = uniform(round, u64::MAX) as f32;
             let mut all: Vec<u32> = (0..300).collect();
             let (weights, sums) = weights(&logits, logits[argmax(&logits).unwrap() as usize], 1.0);
-            all.sort_by(|&a, &b| better(logits[a as usize], a, logits[b as usize], b));
+            all.sort_by_key(|&token| rank(logits[token as usize], token));
             let total: f64 = sums.iter().sum();
             let (mut mass, mut expected) = (0.0, Vec::new());
             for &id in &all {
@@ -432,8 +442,7 @@ mod tests {
                 }
             }
             expected.sort_unstable();
-            let kept = possible(&logits, &weights, &sums, &Filters { top_p, ..PLAIN });
-            assert_eq!(kept.iter().map(|candidate| candidate.token).collect::<Vec<_>>(), expected);
+            assert_eq!(possible(&logits, &weights, &sums, &Filters { top_p, ..PLAIN }), expected);
         }
     }
 

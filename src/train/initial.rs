@@ -80,6 +80,10 @@ pub fn trained(
     device: &Device,
     progress: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<Model> {
+    if checkpoint.config.experts.is_some() {
+        let message = format!("{} is a mixture of experts, and those are served and not trained", checkpoint.name);
+        return Err(Error::invalid("model.from", message));
+    }
     let seed = recipe.run.seed;
     let mut weights = match recipe.model.init {
         Init::Checkpoint => checkpoint.load_weights(device, &mut |step| tell(step, progress))?,

@@ -5,6 +5,7 @@ use eurus::ops::attention::PagedBatch;
 use eurus::ops::attention::inputs::{Inputs, Integers};
 use eurus::ops::attention::step::step_attention;
 use eurus::ops::embed::{embed, select};
+use eurus::ops::experts::route;
 use eurus::ops::host;
 use eurus::ops::linear::Linear;
 use eurus::ops::logprobs::target_scores;
@@ -57,6 +58,25 @@ fn embedded_and_selected_rows_are_the_weight_s() {
         let expected = embed(&off, &weight_host.into()).unwrap();
         check_close("embedded", &embed(&on, &weight.clone().into()).unwrap(), &expected, 0.0, 0.0);
         check_close("selected", &select(&weight, &on).unwrap(), &expected, 0.0, 0.0);
+    }
+}
+
+#[test]
+fn experts_are_added_as_on_the_cpu() {
+    let Some(device) = device() else { return };
+    for dtype in TYPES {
+        let [logits, logits_host] = both(&numbers(1, &[7, 4], 2.0, dtype), &device);
+        let [x, x_host] = both(&numbers(2, &[7, 40], 1.0, dtype), &device);
+        let routes = route(&logits, 2).unwrap();
+        assert_eq!(routes, route(&logits_host, 2).unwrap());
+        let [on, off] = [&x, &x_host].map(|x| {
+            let sum = x.zeros_like().unwrap();
+            routes.iter().for_each(|route| route.add_to(&sum, &route.gather(x).unwrap()).unwrap());
+            sum
+        });
+        check_close("sum", &on, &off, 1e-6, 2.0 * epsilon(dtype));
+        // The shares of a row add up to 1.
+        check_close("row", &on, &x_host, 1e-6, 2.0 * epsilon(dtype));
     }
 }
 

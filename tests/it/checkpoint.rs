@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use eurus::checkpoint::{self, Checkpoint, HubOptions, Progress, Source, safetensors};
 use eurus::error::{Error, Result};
-use eurus::model::config::{HeadKind, ModelConfig};
+use eurus::model::config::{Experts, HeadKind, ModelConfig};
 use eurus::model::weights::Weights;
 use tempfile::TempDir;
 
@@ -68,6 +68,7 @@ fn the_fixtures_open_and_their_tensors_are_exactly_those_in_the_files() {
         ("mistral-window", &["model.safetensors"][..]),
         ("mistral-bf16", &["model.safetensors"]),
         ("llama-eos-list", &["model.safetensors"]),
+        ("mixtral", &["model.safetensors"]),
         ("reward", &["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
     ] {
         let checkpoint = open(&fixture(name)).unwrap();
@@ -96,9 +97,8 @@ fn configurations_say_what_the_fixtures_are() {
     assert_eq!((config("mistral-bf16").head_dim, config("mistral-bf16").dtype), (32, Some(DType::BF16)));
     assert_eq!((config("llama-eos-list").eos, config("llama-eos-list").rope_theta), (vec![2, 7], 1e6));
     assert_eq!((config("reward").head, config("reward").window), (HeadKind::Reward, Some(4096)));
-    let mixtral = open(&fixture("mixtral")).unwrap_err();
-    let expected = "model_type mixtral (mixture of experts) is not supported yet";
-    assert_eq!(mixtral, Error::Unsupported(expected.to_owned()));
+    assert_eq!(config("mixtral").experts, Some(Experts { count: 8, per_token: 2 }));
+    assert_eq!(config("mistral-window").experts, None);
 }
 
 #[test]

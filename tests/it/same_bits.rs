@@ -278,6 +278,11 @@ fn a_bf16_policy_answers_the_same_in_any_company() {
 }
 
 #[test]
+fn a_policy_of_experts_answers_the_same_in_any_company() {
+    check("mixtral", Kind::Policy);
+}
+
+#[test]
 fn a_policy_that_multiplies_in_bf16_answers_the_same_in_any_company() {
     check_model("bf16", Kind::Policy, || {
         let mut model = gguf::model("bf16.gguf");

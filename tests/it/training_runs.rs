@@ -60,6 +60,7 @@ impl Place {
             heads: 2,
             kv_heads: 1,
             intermediate: 24,
+            experts: None,
             vocab: 300,
             positions: 256,
             dtype: WeightType::F32,

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use eurus::ops::embed::embed;
+use eurus::ops::experts::Route;
 use eurus::ops::kernels::{self, AttentionShape, NONE};
 use eurus::ops::kv_write::kv_write;
 use eurus::ops::logprobs::target_scores;
@@ -159,6 +160,26 @@ fn embedding_is_the_cpu_body_s() {
         Library::sound().run(&kernels::embed(dtype, addresses, [rows, width]), random.seed());
         let ids = Tensor::from_slice(&ids, rows, &Device::Cpu).unwrap();
         compare(&out.floats(dtype), &floats(&embed(&ids, &weight.tensor((vocab, width)).into()).unwrap()), 0.0, 0.0)
+    });
+}
+
+#[test]
+fn sums_of_experts_are_the_cpu_body_s() {
+    check_shapes(&TYPES, SHAPES, |random, dtype| {
+        let (rows, width) = (random.between(1, 6), width(random));
+        let chosen: Vec<u32> = (0..rows as u32).filter(|_| random.between(0, 2) > 0).collect();
+        let shares: Vec<f32> = chosen.iter().map(|_| random.between(0, 100) as f32 / 100.0).collect();
+        let (sum, y) = (random.numbers(dtype, rows * width, 2.0), random.numbers(dtype, chosen.len() * width, 2.0));
+        let sums = sum.tensor((rows, width));
+        let [row_buffer, share_buffer] = [Buffer::of(&chosen), Buffer::of(&shares)];
+        let addresses = [sum.address(), y.address(), row_buffer.address(), share_buffer.address()];
+        if !chosen.is_empty() {
+            let launch = kernels::add_expert(dtype, addresses, [chosen.len(), width]);
+            Library::sound().run(&launch, random.seed());
+            let route = Route { expert: 0, rows: chosen.clone(), shares };
+            route.add_to(&sums, &y.tensor((chosen.len(), width))).unwrap();
+        }
+        compare(&sum.buffer.floats(dtype), &floats(&sums), 1e-7, rounding(dtype))
     });
 }
 

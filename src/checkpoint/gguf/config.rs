@@ -133,13 +133,19 @@ pub(super) fn config_json(metadata: Metadata<'_>, head: &Head) -> Result<String>
     let window = metadata.number("llama.attention.sliding_window")?.filter(|window| *window > 0);
     let is_windowed = window.is_some();
     put("sliding_window", window.map(Json::from));
-    let class = match (head.is_reward, is_windowed) {
-        (true, _) => "EurusRewardModel",
-        (false, true) => "MistralForCausalLM",
-        (false, false) => "LlamaForCausalLM",
+    let experts = metadata.number("llama.expert_count")?.filter(|count| *count > 0);
+    put("num_local_experts", experts.map(Json::from));
+    put(
+        "num_experts_per_tok",
+        metadata.number("llama.expert_used_count")?.filter(|_| experts.is_some()).map(Json::from),
+    );
+    let (class, kind) = match (experts, is_windowed) {
+        (Some(_), _) => ("MixtralForCausalLM", "mixtral"),
+        (None, true) => ("MistralForCausalLM", "mistral"),
+        (None, false) => ("LlamaForCausalLM", "llama"),
     };
-    put("architectures", Some(json!([class])));
-    put("model_type", Some(json!(if is_windowed { "mistral" } else { "llama" })));
+    put("architectures", Some(json!([if head.is_reward { "EurusRewardModel" } else { class }])));
+    put("model_type", Some(json!(kind)));
     put("tie_word_embeddings", Some(json!(head.is_tied && !head.is_reward)));
     if metadata.number("llama.attention.head_count_kv")?.is_none() {
         put("num_key_value_heads", metadata.number("llama.attention.head_count")?.map(Json::from));
@@ -165,9 +171,6 @@ fn ends(metadata: Metadata<'_>) -> Result<Option<Json>> {
 
 fn refuse_others(metadata: Metadata<'_>) -> Result<()> {
     let refused = |what: String| Err(Error::Unsupported(what));
-    if metadata.number("llama.expert_count")?.is_some_and(|count| count > 0) {
-        return refused("llama.expert_count: mixtures of experts are not supported yet".to_owned());
-    }
     if let Some(kind) = metadata.text("llama.rope.scaling.type")?.filter(|kind| *kind != "none") {
         return refused(format!("llama.rope.scaling.type {kind} is not supported"));
     }

@@ -1,19 +1,21 @@
 //! A checkpoint as a GGUF file: what config.json and the tokenizer say as metadata, and tensors as llama.cpp lays them out.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::DType;
 
 use super::header::Value;
-use super::names::{self, RowOrder};
+use super::names::{self, InFile, RowOrder};
 use super::write::{self, Planned};
 use super::{config, vocabulary};
 use crate::checkpoint::draft::Output;
 use crate::checkpoint::rounding::{Rounding, converted};
-use crate::checkpoint::tensor::{Storage, TensorInfo};
+use crate::checkpoint::tensor::{self, Storage, TensorInfo};
 use crate::checkpoint::{Checkpoint, Progress};
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
+use crate::model::config::tensors::is_router;
 use crate::model::weights::is_harmless_extra;
 
 /// Of the blocks that are written: llama.cpp's GGML_QNT_VERSION.
@@ -29,30 +31,61 @@ pub(in crate::checkpoint) fn write(
     path: &Path,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<()> {
-    let mut planned = Vec::new();
-    let mut orders = Vec::new();
-    for info in checkpoint.headers().iter().filter(|info| !is_harmless_extra(&info.name)) {
-        let (name, order) = names::in_file(&info.name)
-            .ok_or_else(|| Error::Unsupported(format!("{} has no place in a GGUF file", info.name)))?;
-        planned.push(Planned { name, storage: storage(info, rounding, &checkpoint.config), shape: info.shape.clone() });
-        orders.push(order);
-    }
+    let plan = Plan::new(checkpoint, rounding)?;
     let mut output = Output::create(path)?;
-    write::header(&mut output, &metadata(checkpoint, rounding)?, &planned)?;
-    let mut left = planned.iter().zip(orders);
+    let starts = write::header(&mut output, &metadata(checkpoint, rounding)?, &plan.tensors)?;
     checkpoint.visit(progress, &mut |info, bytes| {
-        let (planned, order) = left.next().ok_or_else(|| Error::Internal(format!("{} was not planned", info.name)))?;
-        let bytes = in_order(order, bytes, info, &checkpoint.config);
-        converted(info, &bytes, &planned.storage, &mut |bytes| output.write(bytes))?;
-        write::align(&mut output)
+        let Some((index, place)) = plan.places.get(&info.name) else {
+            return Err(Error::Internal(format!("{} was not planned", info.name)));
+        };
+        let storage = &plan.tensors[*index].storage;
+        let before = place.expert.unwrap_or(0) as u64 * tensor::bytes(storage, &info.shape);
+        output.go_to(starts[*index] + before)?;
+        let bytes = in_order(place.order, bytes, info, &checkpoint.config);
+        converted(info, &bytes, storage, &mut |bytes| output.write(bytes))
     })?;
-    output.finish()
+    // The last tensor is filled up as the others are.
+    output.finish_at(starts.last().copied().unwrap_or(0))
 }
 
-/// As llama.cpp's converter: vectors in float32, and so the head of a reward model, which is one row.
+/// What a file has.
+struct Plan {
+    /// Its tensors, in their order.
+    tensors: Vec<Planned>,
+    /// For each tensor of the checkpoint, by name, the one it goes to.
+    places: HashMap<String, (usize, InFile)>,
+}
+
+impl Plan {
+    fn new(checkpoint: &Checkpoint, rounding: Rounding) -> Result<Self> {
+        let config = &checkpoint.config;
+        let mut plan = Self { tensors: Vec::new(), places: HashMap::new() };
+        let mut merged: HashMap<String, usize> = HashMap::new();
+        for info in checkpoint.headers().iter().filter(|info| !is_harmless_extra(&info.name)) {
+            let place = names::in_file(&info.name)
+                .ok_or_else(|| Error::Unsupported(format!("{} has no place in a GGUF file", info.name)))?;
+            let storage = storage(info, rounding, config);
+            let next = plan.tensors.len();
+            let index = if place.expert.is_some() { *merged.entry(place.name.clone()).or_insert(next) } else { next };
+            if index == next {
+                let experts = config.experts.filter(|_| place.expert.is_some()).map(|experts| experts.count);
+                let shape = experts.into_iter().chain(info.shape.iter().copied()).collect();
+                plan.tensors.push(Planned { name: place.name.clone(), storage, shape });
+            } else if plan.tensors[index].storage != storage {
+                let what = format!("{} is {storage} and other experts are not: a GGUF file has all in one", info.name);
+                return Err(Error::Unsupported(what));
+            }
+            plan.places.insert(info.name.clone(), (index, place));
+        }
+        Ok(plan)
+    }
+}
+
+/// As llama.cpp's converter: vectors in float32, and so the head of a reward model, which is one row, and routers.
 fn storage(info: &TensorInfo, rounding: Rounding, config: &ModelConfig) -> Storage {
     match info.shape.as_slice() {
         [_] | [1, _] => Storage::Float(DType::F32),
+        _ if is_router(&info.name) => Storage::Float(DType::F32),
         _ => rounding.storage(info, config),
     }
 }
@@ -89,6 +122,10 @@ fn metadata(checkpoint: &Checkpoint, rounding: Rounding) -> Result<Vec<(String, 
         ("llama.rope.dimension_count", count(config.head_dim)),
         ("llama.rope.freq_base", Value::Real(config.rope_theta)),
     ];
+    if let Some(experts) = config.experts {
+        all.push(("llama.expert_count", count(experts.count)));
+        all.push(("llama.expert_used_count", count(experts.per_token)));
+    }
     all.extend(config.window.map(|window| ("llama.attention.sliding_window", count(window))));
     all.extend(config.append_eos.then_some((config::APPEND_EOS, Value::Flag(true))));
     let mut all: Vec<(String, Value)> = all.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();

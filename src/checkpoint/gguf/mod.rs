@@ -11,7 +11,7 @@ use candle_core::DType;
 use super::tensor::{Storage, Take, TensorInfo};
 use super::{Checkpoint, Files, OpenedTokenizer, Tensors, read_exactly};
 use crate::error::{Error, Result};
-use crate::model::config::ModelConfig;
+use crate::model::config::{EXPERTS_MAX, ModelConfig};
 
 mod choose;
 mod config;
@@ -63,7 +63,7 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     check_parts(&headers)?;
     let metadata = Metadata(&first.metadata);
     let entries = || headers.iter().flat_map(|header| header.tensors.iter().map(|entry| (&header.path, entry)));
-    let places: Vec<Place> = entries().map(|(path, entry)| Place::new(path, entry)).collect();
+    let places: Vec<Place> = entries().flat_map(|(path, entry)| Place::all(path, entry)).collect();
     let has = |name: &str| places.iter().any(|place| place.info.name == name);
     let is_reward = has(names::REWARD_HEAD);
     let head = Head { is_reward, is_tied: !has(names::LANGUAGE_HEAD), dtype: dtype(&places) };
@@ -92,6 +92,24 @@ fn dtype(places: &[Place]) -> Option<&'static str> {
 }
 
 impl Place {
+    /// That of `entry`, or those of the experts in it.
+    fn all(path: &Path, entry: &Entry) -> Vec<Self> {
+        let experts = match *entry.shape {
+            [count, rows, k] if (1..=EXPERTS_MAX).contains(&count) => {
+                names::experts(&entry.name, count).map(|names| (names, entry.bytes / count as u64, vec![rows, k]))
+            }
+            _ => None,
+        };
+        let Some((names, bytes, shape)) = experts else { return vec![Self::new(path, entry)] };
+        let place = |(index, name): (usize, String)| Self {
+            info: TensorInfo { name, storage: entry.storage.clone(), shape: shape.clone(), bytes },
+            order: RowOrder::Same,
+            path: path.to_owned(),
+            start: entry.start + index as u64 * bytes,
+        };
+        names.into_iter().enumerate().map(place).collect()
+    }
+
     fn new(path: &Path, entry: &Entry) -> Self {
         let (name, order) = names::hugging_face(&entry.name);
         // A head may be a vector.

@@ -1,5 +1,7 @@
 //! Names of tensors in GGUF files and in Hugging Face's, and the order of rows that llama.cpp's converter changes.
 
+use crate::model::config::tensors::{GatedNames, ROUTER};
+
 pub(in crate::checkpoint) const REWARD_HEAD: &str = "regression_head.weight";
 pub(in crate::checkpoint) const LANGUAGE_HEAD: &str = "lm_head.weight";
 
@@ -18,7 +20,7 @@ const EMBEDDING: (&str, &str) = ("token_embd.weight", "model.embed_tokens.weight
 const NORM: (&str, &str) = ("output_norm.weight", "model.norm.weight");
 
 /// Parts of a layer in a file and in Hugging Face's models.
-const PARTS: [(&str, &str, RowOrder); 9] = [
+const PARTS: [(&str, &str, RowOrder); 10] = [
     ("attn_norm", "input_layernorm", RowOrder::Same),
     ("attn_q", "self_attn.q_proj", RowOrder::Queries),
     ("attn_k", "self_attn.k_proj", RowOrder::Keys),
@@ -28,7 +30,26 @@ const PARTS: [(&str, &str, RowOrder); 9] = [
     ("ffn_gate", "mlp.gate_proj", RowOrder::Same),
     ("ffn_up", "mlp.up_proj", RowOrder::Same),
     ("ffn_down", "mlp.down_proj", RowOrder::Same),
+    ("ffn_gate_inp", ROUTER, RowOrder::Same),
 ];
+
+/// What a file calls the matrices of a layer's experts: with this ending all in one tensor, with a number one alone (files of 2023).
+const MERGED: &str = "_exps";
+
+/// A part of every expert, as a file names it, and its name in Hugging Face's models.
+type ExpertPart = (&'static str, fn(GatedNames) -> String);
+const EXPERT_PARTS: [ExpertPart; 3] =
+    [("ffn_gate", |names| names.gate), ("ffn_up", |names| names.up), ("ffn_down", |names| names.down)];
+
+/// The place of a tensor in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct InFile {
+    /// What the file calls it.
+    pub(super) name: String,
+    pub(super) order: RowOrder,
+    /// Which part of the tensor of that name it is, where it holds all experts of a layer.
+    pub(super) expert: Option<usize>,
+}
 
 /// The Hugging Face name of the tensor called `name`, or its own where it has none.
 pub(super) fn hugging_face(name: &str) -> (String, RowOrder) {
@@ -43,16 +64,32 @@ pub(super) fn hugging_face(name: &str) -> (String, RowOrder) {
     if let Some(whole) = whole {
         return (whole.to_owned(), RowOrder::Same);
     }
-    let layer = name.strip_prefix("blk.").and_then(|rest| rest.strip_suffix(".weight")?.split_once('.'));
-    let part = layer.and_then(|(layer, part)| Some((layer, PARTS.iter().find(|(own, ..)| *own == part)?)));
-    match part {
-        Some((layer, (_, part, order))) => (format!("model.layers.{layer}.{part}.weight"), *order),
-        None => (name.to_owned(), RowOrder::Same),
-    }
+    let found = layer_part(name).and_then(|(layer, part)| {
+        if let Some((_, theirs, order)) = PARTS.iter().find(|(own, ..)| *own == part) {
+            return Some((format!("model.layers.{layer}.{theirs}.weight"), *order));
+        }
+        let (part, expert) = part.split_once('.')?;
+        let (_, of) = EXPERT_PARTS.iter().find(|(own, _)| *own == part)?;
+        Some((format!("model.layers.{layer}.{}.weight", of(GatedNames::expert(expert.parse().ok()?))), RowOrder::Same))
+    });
+    found.unwrap_or_else(|| (name.to_owned(), RowOrder::Same))
 }
 
-/// What a file calls the tensor of the Hugging Face name `name`, and how its rows lie there; None for what no file has.
-pub(super) fn in_file(name: &str) -> Option<(String, RowOrder)> {
+/// The Hugging Face names of the matrices of `count` experts that the tensor called `name` holds one after the other; None of others.
+pub(super) fn experts(name: &str, count: usize) -> Option<Vec<String>> {
+    let (layer, part) = layer_part(name)?;
+    let (_, of) = EXPERT_PARTS.iter().find(|(own, _)| part.strip_suffix(MERGED) == Some(own))?;
+    let name = |expert| format!("model.layers.{layer}.{}.weight", of(GatedNames::expert(expert)));
+    Some((0..count).map(name).collect())
+}
+
+/// `("3", "attn_k")` of `blk.3.attn_k.weight`.
+fn layer_part(name: &str) -> Option<(&str, &str)> {
+    name.strip_prefix("blk.")?.strip_suffix(".weight")?.split_once('.')
+}
+
+/// Where a file has the tensor of the Hugging Face name `name`; None for what no file has.
+pub(super) fn in_file(name: &str) -> Option<InFile> {
     let whole = match name {
         _ if name == EMBEDDING.1 => Some(EMBEDDING.0),
         _ if name == NORM.1 => Some(NORM.0),
@@ -61,11 +98,16 @@ pub(super) fn in_file(name: &str) -> Option<(String, RowOrder)> {
         _ => None,
     };
     if let Some(whole) = whole {
-        return Some((whole.to_owned(), RowOrder::Same));
+        return Some(InFile { name: whole.to_owned(), order: RowOrder::Same, expert: None });
     }
     let (layer, part) = name.strip_prefix("model.layers.")?.strip_suffix(".weight")?.split_once('.')?;
-    let (own, _, order) = PARTS.iter().find(|(_, theirs, _)| *theirs == part)?;
-    Some((format!("blk.{layer}.{own}.weight"), *order))
+    if let Some((own, _, order)) = PARTS.iter().find(|(_, theirs, _)| *theirs == part) {
+        return Some(InFile { name: format!("blk.{layer}.{own}.weight"), order: *order, expert: None });
+    }
+    let expert = part.split('.').find_map(|word| word.parse().ok())?;
+    let (own, _) = EXPERT_PARTS.iter().find(|(_, of)| of(GatedNames::expert(expert)) == part)?;
+    let name = format!("blk.{layer}.{own}{MERGED}.weight");
+    Some(InFile { name, order: RowOrder::Same, expert: Some(expert) })
 }
 
 /// The rows of `bytes` with the halves of each of `heads` heads one after the other, as the rotation of Hugging Face's models
@@ -128,10 +170,28 @@ mod tests {
             ["output.weight", "token_embd.weight", "output_norm.weight", "blk.12.attn_q.weight", "cls.output.weight"]
         {
             let (theirs, order) = hugging_face(own);
-            assert_eq!(in_file(&theirs), Some((own.to_owned(), order)));
+            assert_eq!(in_file(&theirs), Some(InFile { name: own.to_owned(), order, expert: None }));
         }
         assert_eq!(in_file("model.layers.0.self_attn.rotary_emb.inv_freq"), None);
-        assert_eq!(name("blk.0.ffn_gate_inp.weight"), "blk.0.ffn_gate_inp.weight");
         assert_eq!(name("rope_freqs.weight"), "rope_freqs.weight");
+    }
+
+    #[test]
+    fn experts_lie_one_after_the_other_or_have_tensors_of_their_own() {
+        let theirs = |part: &str| format!("model.layers.7.block_sparse_moe.{part}.weight");
+        assert_eq!(hugging_face("blk.7.ffn_gate_inp.weight").0, theirs("gate"));
+        for (own, part) in [("ffn_gate", "w1"), ("ffn_down", "w2"), ("ffn_up", "w3")] {
+            let merged = format!("blk.7.{own}_exps.weight");
+            let names: Vec<String> = (0..3).map(|expert| theirs(&format!("experts.{expert}.{part}"))).collect();
+            assert_eq!(experts(&merged, 3).as_deref(), Some(&names[..]));
+            for (expert, name) in names.iter().enumerate() {
+                let place = InFile { name: merged.clone(), order: RowOrder::Same, expert: Some(expert) };
+                assert_eq!(in_file(name), Some(place));
+                assert_eq!(hugging_face(&format!("blk.7.{own}.{expert}.weight")).0, *name);
+            }
+        }
+        assert_eq!(experts("blk.7.ffn_gate.weight", 3), None);
+        assert_eq!(experts("blk.7.attn_q_exps.weight", 3), None);
+        assert_eq!(in_file(&theirs("experts.0.w4")), None);
     }
 }

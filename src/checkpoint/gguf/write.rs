@@ -21,8 +21,9 @@ pub(super) struct Planned {
     pub(super) shape: Vec<usize>,
 }
 
-/// Writes `metadata`, in its order, and what `tensors` says about the data that [`align`] and the caller then write.
-pub(super) fn header(output: &mut Output, metadata: &[(String, Value)], tensors: &[Planned]) -> Result<()> {
+/// Writes `metadata`, in its order, and what `tensors` says about the data that the caller then writes. Returns where that of each
+/// begins, and last where all of it ends.
+pub(super) fn header(output: &mut Output, metadata: &[(String, Value)], tensors: &[Planned]) -> Result<Vec<u64>> {
     let mut out = Vec::new();
     out.extend(b"GGUF");
     out.extend(3_u32.to_le_bytes());
@@ -33,6 +34,7 @@ pub(super) fn header(output: &mut Output, metadata: &[(String, Value)], tensors:
         out.extend(kind(value).to_le_bytes());
         put(&mut out, value, kind(value));
     }
+    let mut offsets = vec![0];
     let mut offset = 0;
     for Planned { name, storage, shape } in tensors {
         text(&mut out, name);
@@ -41,14 +43,11 @@ pub(super) fn header(output: &mut Output, metadata: &[(String, Value)], tensors:
         out.extend(number(storage)?.to_le_bytes());
         out.extend(u64::to_le_bytes(offset));
         offset = (offset + bytes(storage, shape)).next_multiple_of(ALIGNMENT);
+        offsets.push(offset);
     }
     output.write(&out)?;
-    align(output)
-}
-
-/// Fills up to where the next tensor begins.
-pub(super) fn align(output: &mut Output) -> Result<()> {
-    output.pad(ALIGNMENT)
+    output.pad(ALIGNMENT)?;
+    Ok(offsets.into_iter().map(|offset| output.at + offset).collect())
 }
 
 fn text(out: &mut Vec<u8>, text: &str) {

@@ -293,8 +293,13 @@ fn what_the_hub_does_not_have_is_not_found() {
 #[test]
 fn a_model_that_cannot_be_run_is_refused_before_its_tensors_are_fetched() {
     let hub = Hub::serving("mixtral");
+    hub.change(|state| {
+        let config = String::from_utf8(state.files["config.json"].clone()).unwrap();
+        let other = config.replace(r#""model_type": "mixtral""#, r#""model_type": "qwen2""#);
+        state.files.insert("config.json".to_owned(), other.into_bytes());
+    });
     match open(&hub.options()) {
-        Err(Error::Unsupported(message)) => assert!(message.contains("mixtral"), "{message}"),
+        Err(Error::Unsupported(message)) => assert!(message.contains("model_type qwen2"), "{message}"),
         other => panic!("{other:?}"),
     }
     let fetched = downloads(&hub.requests());

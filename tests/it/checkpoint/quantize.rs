@@ -128,14 +128,14 @@ fn every_tensor_gets_the_format_that_llama_cpp_gives_it() {
     }
 }
 
-/// Folders, the built-in models, a window, tied embeddings, heads of other widths, a reward head: all go through a file.
+/// Folders, the built-in models, a window, tied embeddings, heads of other widths, a reward head, experts: all go through a file.
 #[test]
 fn a_written_file_is_what_loading_rounds_to_bit_for_bit() {
     let scratch = tempfile::tempdir().unwrap();
     let path = |name: &str| fixture(name).to_str().unwrap().to_owned();
-    let sources =
-        ["eurus-mini/policy", "eurus-mini/reward", &path("mistral-window"), &path("llama-eos-list"), &path("reward")];
-    for (index, name) in sources.iter().enumerate() {
+    let folders = ["mistral-window", "llama-eos-list", "reward", "mixtral"].map(path);
+    let sources = ["eurus-mini/policy", "eurus-mini/reward"].into_iter().chain(folders.iter().map(String::as_str));
+    for (index, name) in sources.enumerate() {
         let source = open(name).unwrap();
         for rounding in [Rounding::Q8_0, Rounding::Q4_0, Rounding::Q4KM, Rounding::F16, Rounding::Bf16] {
             let file = scratch.path().join(format!("{index}-{rounding}.gguf"));
@@ -153,6 +153,7 @@ fn a_written_file_is_what_loading_rounds_to_bit_for_bit() {
 fn check_same(written: &Checkpoint, source: &Checkpoint, name: &str) {
     let (a, b) = (&written.config, &source.config);
     assert_eq!((a.window, a.bos, &a.eos, a.append_eos), (b.window, b.bos, &b.eos, b.append_eos), "{name}");
+    assert_eq!(a.experts, b.experts, "{name}");
     assert_eq!((a.rms_eps, a.rope_theta, a.positions_max, a.head), (b.rms_eps, b.rope_theta, b.positions_max, b.head));
     assert_eq!(written.chat_template().unwrap().source(), source.chat_template().unwrap().source());
     let (a, b) = (written.tokenizer().unwrap(), source.tokenizer().unwrap());

@@ -1,0 +1,143 @@
+//! The feed-forward part of a layer: one gated layer for all rows, or several among which a router chooses for each row.
+
+use candle_core::Tensor;
+
+use super::config::ModelConfig;
+use super::config::tensors::{GatedNames, ROUTER};
+use super::weights::Weights;
+use crate::error::{Error, Result};
+use crate::ops::experts::route;
+use crate::ops::linear::Linear;
+use crate::ops::parameter::Parameter;
+use crate::ops::place::Place;
+use crate::ops::swiglu::{swiglu, swiglu_backward};
+
+#[derive(Debug)]
+pub(super) enum Mlp {
+    Gated(Gated),
+    /// Mixtral's.
+    Experts {
+        /// `[experts, hidden]`.
+        router: Linear,
+        experts: Vec<Gated>,
+        /// Experts that compute each row.
+        per_token: usize,
+    },
+}
+
+/// down(silu(gate(x)) * up(x))
+#[derive(Debug)]
+pub(super) struct Gated {
+    /// `[2 * intermediate, hidden]`: gate, up.
+    pub(super) gate_up: Linear,
+    /// `[hidden, intermediate]`.
+    pub(super) down: Linear,
+}
+
+impl Mlp {
+    /// That of the layer whose tensors' names begin with `prefix`.
+    pub(super) fn new(config: &ModelConfig, weights: &mut Weights, prefix: &str, place: &Place) -> Result<Self> {
+        let Some(experts) = config.experts else {
+            return Ok(Self::Gated(Gated::new(config, weights, prefix, &GatedNames::only(), place)?));
+        };
+        let router = weights.take_matrix(&format!("{prefix}.{ROUTER}.weight"), &[experts.count, config.hidden])?;
+        let expert = |index| Gated::new(config, weights, prefix, &GatedNames::expert(index), place);
+        Ok(Self::Experts {
+            router: Linear::dense(place.put(router)?)?,
+            experts: (0..experts.count).map(expert).collect::<Result<_>>()?,
+            per_token: experts.per_token,
+        })
+    }
+
+    /// `x` `[T, hidden]` to `[T, hidden]`, and what [`Mlp::backward`] needs beside `x`.
+    pub(super) fn forward(&self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        match self {
+            Self::Gated(gated) => {
+                let gate_up = gated.gate_up.forward(x)?;
+                Ok((gated.finish(&gate_up)?, Some(gate_up)))
+            }
+            Self::Experts { router, experts, per_token } => {
+                let sum = x.zeros_like()?;
+                for route in route(&router.forward(x)?, *per_token)? {
+                    let gated = &experts[route.expert];
+                    let y = gated.finish(&gated.gate_up.forward(&route.gather(x)?)?)?;
+                    route.add_to(&sum, &y)?;
+                }
+                Ok((sum, None))
+            }
+        }
+    }
+
+    /// The gradient of `x` from that of the result, `d`, `[T, hidden]` both, and what [`Mlp::forward`] gave beside it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for experts.
+    pub(super) fn backward(&self, x: &Tensor, gate_up: Option<&Tensor>, d: &Tensor) -> Result<Tensor> {
+        let (Self::Gated(gated), Some(gate_up)) = (self, gate_up) else {
+            return Err(Error::Unsupported("mixtures of experts are served and not trained".to_owned()));
+        };
+        let d_act = gated.down.backward(&swiglu(gate_up)?, d)?;
+        gated.gate_up.backward(x, &swiglu_backward(gate_up, &d_act)?)
+    }
+
+    /// Every linear layer, the router first.
+    pub(super) fn each(&self) -> Vec<&Linear> {
+        match self {
+            Self::Gated(gated) => vec![&gated.gate_up, &gated.down],
+            Self::Experts { router, experts, .. } => {
+                let experts = experts.iter().flat_map(|gated| [&gated.gate_up, &gated.down]);
+                [router].into_iter().chain(experts).collect()
+            }
+        }
+    }
+
+    /// As [`Mlp::each`].
+    pub(super) fn each_mut(&mut self) -> Vec<&mut Linear> {
+        match self {
+            Self::Gated(gated) => vec![&mut gated.gate_up, &mut gated.down],
+            Self::Experts { router, experts, .. } => {
+                let experts = experts.iter_mut().flat_map(|gated| [&mut gated.gate_up, &mut gated.down]);
+                [router].into_iter().chain(experts).collect()
+            }
+        }
+    }
+
+    /// The names of the tensors that the layers of [`Mlp::each`] are stacked of, each with its rows, without the layer's prefix.
+    pub(super) fn names(&self) -> Vec<Vec<(String, usize)>> {
+        let rows = |linear: &Linear| linear.dims().map_or(0, |(rows, _)| rows);
+        let gated = |gated: &Gated, names: GatedNames| {
+            let half = rows(&gated.gate_up) / 2;
+            [vec![(names.gate, half), (names.up, half)], vec![(names.down, rows(&gated.down))]]
+        };
+        match self {
+            Self::Gated(only) => gated(only, GatedNames::only()).into(),
+            Self::Experts { router, experts, .. } => {
+                let experts = experts.iter().enumerate();
+                let experts = experts.flat_map(|(index, expert)| gated(expert, GatedNames::expert(index)));
+                [vec![(ROUTER.to_owned(), rows(router))]].into_iter().chain(experts).collect()
+            }
+        }
+    }
+}
+
+impl Gated {
+    fn new(
+        config: &ModelConfig,
+        weights: &mut Weights,
+        prefix: &str,
+        names: &GatedNames,
+        place: &Place,
+    ) -> Result<Self> {
+        let ModelConfig { hidden, intermediate, .. } = *config;
+        let mut part = |name: &str, shape: &[usize]| weights.take_matrix(&format!("{prefix}.{name}.weight"), shape);
+        let wide = [intermediate, hidden];
+        let gate_up = Parameter::stack(&[part(&names.gate, &wide)?, part(&names.up, &wide)?])?;
+        let down = part(&names.down, &[hidden, intermediate])?;
+        Ok(Self { gate_up: Linear::dense(place.put(gate_up)?)?, down: Linear::dense(place.put(down)?)? })
+    }
+
+    /// From gate and up, `[T, 2 * intermediate]`, to `[T, hidden]`.
+    fn finish(&self, gate_up: &Tensor) -> Result<Tensor> {
+        self.down.forward(&swiglu(gate_up)?)
+    }
+}
