@@ -1,4 +1,5 @@
-"""Writes tests/fixtures/gguf: one small random model in several GGUF formats, and what llama.cpp computes with each.
+"""Writes tests/fixtures/gguf: one small random model in several GGUF formats, one with eight experts, and what llama.cpp computes with
+each.
 
     python tests/reference/gguf_reference.py tests/fixtures/gguf
 
@@ -19,6 +20,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 1, 256, 4, 2, 64, 256
+EXPERTS, EXPERTS_USED = 8, 2
 EPS, THETA = 1e-5, 10000.0
 PROMPT = "[INST] How many apples are left? [/INST] Step 1: 3 * 8 = 24"
 TEXTS = [PROMPT, "Hello  world\nnaïve 猫 </s> x", " 12+3=15."]
@@ -44,7 +46,7 @@ def permute(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def tensors(vocab):
+def tensors(vocab, experts=None):
     rng = np.random.default_rng(7)
     draw = lambda *shape: (rng.standard_normal(shape) * 0.08).astype(np.float32)
     norm = lambda: (1 + 0.2 * rng.standard_normal(HIDDEN)).astype(np.float32)
@@ -56,16 +58,24 @@ def tensors(vocab):
         out[part("attn_k")] = permute(draw(KV_HEADS * HEAD_DIM, HIDDEN), KV_HEADS)
         out[part("attn_v")] = draw(KV_HEADS * HEAD_DIM, HIDDEN)
         out[part("attn_output")] = draw(HIDDEN, HEADS * HEAD_DIM)
-        out[part("ffn_gate")], out[part("ffn_up")], out[part("ffn_down")] = draw(FFN, HIDDEN), draw(FFN, HIDDEN), draw(HIDDEN, FFN)
+        if experts is None:
+            out[part("ffn_gate")], out[part("ffn_up")], out[part("ffn_down")] = draw(FFN, HIDDEN), draw(FFN, HIDDEN), draw(HIDDEN, FFN)
+        else:
+            out[part("ffn_gate_inp")] = draw(experts, HIDDEN) * 4
+            out[part("ffn_gate_exps")], out[part("ffn_up_exps")] = draw(experts, FFN, HIDDEN), draw(experts, FFN, HIDDEN)
+            out[part("ffn_down_exps")] = draw(experts, HIDDEN, FFN)
     return out
 
 
-def write(path, weights, pieces, kind):
+def write(path, weights, pieces, kind, experts=None):
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_context_length(512)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(FFN)
+    if experts is not None:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(EXPERTS_USED)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(EPS)
@@ -131,8 +141,15 @@ def exact(path, tokens):
         attended = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), v)
         x = x + attended.reshape(len(tokens), -1) @ part("attn_output").T
         h = norm(x, part("ffn_norm"))
-        gate = h @ part("ffn_gate").T
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ part("ffn_up").T)) @ part("ffn_down").T
+        silu = lambda x: x / (1 + np.exp(-x))
+        if f"blk.{layer}.ffn_gate.weight" in weights:
+            x = x + (silu(h @ part("ffn_gate").T) * (h @ part("ffn_up").T)) @ part("ffn_down").T
+            continue
+        shares = np.exp(h @ part("ffn_gate_inp").T)
+        for row, chosen in enumerate(np.argsort(-shares, -1)[:, :EXPERTS_USED]):
+            for expert in chosen:
+                gate, up, down = (part(f"ffn_{name}_exps")[expert] for name in ("gate", "up", "down"))
+                x[row] += shares[row, expert] / shares[row, chosen].sum() * (silu(h[row] @ gate.T) * (h[row] @ up.T)) @ down.T
     return norm(x, weights["output_norm.weight"])[-1] @ weights["output.weight"].T
 
 
@@ -147,6 +164,9 @@ def main():
     kinds = {"q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17}
     for name, ftype in kinds.items():
         quantize(full, folder / f"{name}.gguf", ftype)
+    write(full, tensors(len(pieces), EXPERTS), pieces, Type.F32, EXPERTS)
+    kinds["experts_q4_k_m"] = kinds["q4_k_m"]
+    quantize(full, folder / "experts_q4_k_m.gguf", kinds["q4_k_m"])
     full.unlink()
     expected = {"prompt": PROMPT, "files": {}}
     for name in ["bf16", *kinds]:
