@@ -76,7 +76,7 @@ impl Default for Config {
 }
 
 /// What matrices are rounded to: formats and mixtures of llama.cpp's files. What is not worth it or does not go stays as it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Quantization {
     /// 16 bits, for checkpoints in 32.
@@ -84,22 +84,27 @@ pub enum Quantization {
     /// IEEE 16 bits.
     F16,
     /// 8.5 bits a number.
+    #[value(name = "q8_0")]
     Q8_0,
     /// 4.5 bits a number.
+    #[value(name = "q4_0")]
     Q4_0,
     /// 4.5 to 6.6 bits a number.
     #[serde(rename = "q4_k_m")]
+    #[value(name = "q4_k_m")]
     Q4KM,
     /// 5.5 to 6.6 bits a number.
     #[serde(rename = "q5_k_m")]
+    #[value(name = "q5_k_m")]
     Q5KM,
     /// 6.6 bits a number.
     #[serde(rename = "q6_k")]
+    #[value(name = "q6_k")]
     Q6K,
 }
 
 /// How products of linear layers are computed. Norms, rotations, attention and all sums are float32 in either case.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum ComputeDtype {
     /// In float32.
@@ -218,6 +223,8 @@ pub struct EngineConfig {
     pub kv_cache_dtype: CacheDtype,
     /// Threads for arithmetic; by default the number of cores this process may use.
     pub threads: Option<usize>,
+    /// Keep each of them but the first on a core of its own: for a machine that does nothing else.
+    pub pin_threads: bool,
     /// Seconds without a finished step after which a busy engine counts as stalled and `/health` answers 503.
     pub step_seconds_max: u64,
 }
@@ -233,6 +240,7 @@ impl Default for EngineConfig {
             kv_cache_gib: None,
             kv_cache_dtype: CacheDtype::Auto,
             threads: None,
+            pin_threads: false,
             step_seconds_max: 60,
         }
     }

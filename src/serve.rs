@@ -125,6 +125,9 @@ fn load_all(config: &Config, metrics: &Metrics) -> Result<Loaded> {
     if let Some(count) = config.engine.threads {
         parallel::set_threads(count);
     }
+    if config.engine.pin_threads {
+        parallel::pin_workers();
+    }
     let first = device::open(config.device)?;
     let on = device::describe(&first);
     tracing::info!(threads = parallel::threads(), device = on, "eurus {}", env!("CARGO_PKG_VERSION"));

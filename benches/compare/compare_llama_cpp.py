@@ -20,8 +20,12 @@ FORMATS = ["bf16", "f16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"]
 EMBEDDING_BYTES = {"bf16": 2, "f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32, "q4_k_m": 144 / 256, "q5_k_m": 176 / 256, "q6_k": 210 / 256}
 
 
+# For our program: what is preloaded into llama.cpp's process is not for ours.
+OWN = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+
+
 def run(command):
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, env=OWN, check=True, capture_output=True, text=True).stdout
 
 
 def files(a, shape):
@@ -178,7 +182,7 @@ class Server:
 
     def __init__(self, command, port, path, environment=None):
         self.port = port
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
         deadline = time.monotonic() + 300
         while not self.is_up(path):
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -225,7 +229,7 @@ def cache_flags(a, path):
 def start_ours(a, path):
     port = free_port()
     flags = ["--port", str(port), "--threads", str(a.threads), *cache_flags(a, path)]
-    return Server([a.eurus, "serve", "--model", path, "--reward-model", "none", *flags], port, "/health")
+    return Server([a.eurus, "serve", "--model", path, "--reward-model", "none", *flags], port, "/health", OWN)
 
 
 def start_theirs(a, path):

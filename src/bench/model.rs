@@ -32,6 +32,9 @@ pub struct Options {
     /// Threads for arithmetic; by default all cores
     #[arg(long)]
     pub threads: Option<usize>,
+    /// Keep each of them but the first on a core of its own
+    #[arg(long)]
+    pub pin_threads: bool,
     /// Tokens of the prompt that is timed
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     pub prefill: u32,
@@ -81,7 +84,17 @@ pub struct DecodeRow {
     pub tokens_per_second: f64,
 }
 
-/// Times `model`.
+/// Sets the threads that `options` ask for, before a model is loaded with them.
+pub fn set_threads(options: &Options) {
+    if let Some(threads) = options.threads {
+        parallel::set_threads(threads);
+    }
+    if options.pin_threads {
+        parallel::pin_workers();
+    }
+}
+
+/// Times `model`, with the threads of [`set_threads`].
 ///
 /// # Errors
 /// If the shape asked for does not fit the model, or a step fails.
@@ -91,9 +104,6 @@ pub fn run(options: &Options, mut model: Model) -> Result<Report> {
         return Err(Error::invalid("--bf16", message));
     }
     memory::keep_freed();
-    if let Some(threads) = options.threads {
-        parallel::set_threads(threads);
-    }
     let config = model.config.clone();
     let longest = options.prefill.max(options.context + options.steps) as usize;
     if longest > config.positions_max {
@@ -104,6 +114,9 @@ pub fn run(options: &Options, mut model: Model) -> Result<Report> {
     let sequences = batches.iter().copied().max().unwrap_or(1) as usize;
     let place = model.decoder.place();
     let (device, on_cpu) = (device::describe(place.device()), place.device().is_cpu());
+    if !on_cpu && options.kv_cache_dtype != CacheDtype::Auto {
+        return Err(Error::invalid("--kv-cache-dtype", "on a GPU the cache has the model's type: leave it at auto"));
+    }
     let dtype = if on_cpu { host_cache_dtype(options.kv_cache_dtype) } else { place.dtype() };
     let cache = KvCache::of(&model, dtype, sequences * longest.div_ceil(BLOCK_SIZE), BLOCK_SIZE)?;
     let runner = Runner::new(model, cache);

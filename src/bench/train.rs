@@ -73,6 +73,9 @@ pub fn run(options: &Options, mut model: Model) -> Result<Report> {
     if let Some(threads) = options.threads {
         parallel::set_threads(threads);
     }
+    if model.config.experts.is_some() {
+        return Err(Error::invalid("--model", format!("{} is a mixture of experts: not trained", options.model)));
+    }
     if model.config.head != HeadKind::Language {
         return Err(Error::invalid("--model", format!("{} is not a policy", options.model)));
     }

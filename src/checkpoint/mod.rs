@@ -244,13 +244,18 @@ impl Checkpoint {
         }
     }
 
-    /// Bytes of the tensors, once they are rounded.
-    pub fn weight_bytes(&self, rounding: Option<Rounding>) -> u64 {
-        let headers = self.headers();
-        match rounding {
-            None => headers.iter().map(|info| info.bytes).sum(),
-            Some(rounding) => rounding.bytes(&headers, &self.config),
-        }
+    /// Bytes of the tensors in the files.
+    pub fn weight_bytes(&self) -> u64 {
+        self.headers().iter().map(|info| info.bytes).sum()
+    }
+
+    /// Bytes of the tensors in a CPU's memory, once they are rounded.
+    pub fn memory_bytes(&self, rounding: Option<Rounding>) -> u64 {
+        let kept = |info: &TensorInfo| match rounding {
+            None => tensor::memory_bytes(info, &info.storage),
+            Some(rounding) => tensor::memory_bytes(info, &rounding.storage(info, &self.config)),
+        };
+        self.headers().iter().map(kept).sum()
     }
 
     /// Reads the tensors onto `device`, after [`Checkpoint::check_tensors`].

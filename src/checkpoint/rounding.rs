@@ -6,7 +6,7 @@ use std::fmt;
 use candle_core::DType;
 use half::{bf16, f16};
 
-use super::tensor::{Storage, TensorInfo, bytes};
+use super::tensor::{Storage, TensorInfo};
 use crate::error::{Error, Result};
 use crate::model::config::tensors::is_router;
 use crate::model::config::{HeadKind, ModelConfig};
@@ -18,7 +18,7 @@ const CHUNK: usize = 1 << 20;
 const LAYERS_OF_70B: usize = 80;
 
 /// What the matrices of a model are rounded to. Names and mixtures are those of llama.cpp's files; vectors, the head of a reward
-/// model and routers of experts are never rounded.
+/// model and routers of experts are never rounded. A folder of safetensors has one type for all tensors, those included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rounding {
     /// 16 bits with the range of float32.
@@ -38,9 +38,6 @@ pub enum Rounding {
 }
 
 impl Rounding {
-    /// All there are.
-    pub const ALL: [Self; 7] = [Self::Bf16, Self::F16, Self::Q8_0, Self::Q4_0, Self::Q4KM, Self::Q5KM, Self::Q6K];
-
     /// What users call it.
     pub fn name(self) -> &'static str {
         match self {
@@ -52,11 +49,6 @@ impl Rounding {
             Self::Q5KM => "q5_k_m",
             Self::Q6K => "q6_k",
         }
-    }
-
-    /// The one called `name`.
-    pub fn named(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|rounding| rounding.name() == name)
     }
 
     /// What most matrices become.
@@ -102,21 +94,16 @@ impl Rounding {
         let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
         let layer = layer.and_then(|(index, part)| Some((index.parse::<usize>().ok()?, part)));
         let Some((index, part)) = layer else { return format };
-        let is_mixture = matches!(self, Self::Q4KM | Self::Q5KM);
+        let mixes_formats = matches!(self, Self::Q4KM | Self::Q5KM);
         let has_8_experts = config.experts.is_some_and(|experts| experts.count == 8);
         match part {
             // Small beside eight experts.
             "self_attn.k_proj.weight" | "self_attn.v_proj.weight" if has_8_experts => Format::Q8_0,
             "self_attn.o_proj.weight" if has_8_experts && self == Self::Q4KM => Format::Q5K,
-            _ if is_mixture && is_wide(part) && gets_more_bits(index, config.layers) => Format::Q6K,
+            _ if mixes_formats && may_get_more_bits(part) && gets_more_bits(index, config.layers) => Format::Q6K,
             "self_attn.v_proj.weight" if self == Self::Q4KM && config.layers == LAYERS_OF_70B => Format::Q5K,
             _ => format,
         }
-    }
-
-    /// Bytes of `infos` once they are rounded.
-    pub(super) fn bytes<'a>(self, infos: impl IntoIterator<Item = &'a TensorInfo>, config: &ModelConfig) -> u64 {
-        infos.into_iter().map(|info| bytes(&self.storage(info, config), &info.shape)).sum()
     }
 }
 
@@ -128,7 +115,7 @@ impl fmt::Display for Rounding {
 
 /// Whether the mixtures give this part of a layer more bits: values, and what leads back to the residual stream from experts or the one
 /// feed-forward layer.
-fn is_wide(part: &str) -> bool {
+fn may_get_more_bits(part: &str) -> bool {
     let down =
         part == "mlp.down_proj.weight" || part.starts_with("block_sparse_moe.experts.") && part.ends_with(".w2.weight");
     down || part == "self_attn.v_proj.weight"

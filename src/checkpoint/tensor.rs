@@ -7,7 +7,7 @@ use candle_core::DType;
 
 use crate::error::Result;
 use crate::model::config::ModelConfig;
-use crate::model::weights::{Format, WeightProblems, is_harmless_extra};
+use crate::model::weights::{Format, Matrix, WeightProblems, is_harmless_extra};
 
 /// How numbers are stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +53,16 @@ pub(super) fn bytes(storage: &Storage, shape: &[usize]) -> u64 {
         Storage::Float(dtype) => count * dtype.size_in_bytes() as u64,
         Storage::Quantized(format) => count / format.block_len() as u64 * format.block_bytes() as u64,
         Storage::Other(_) => 0,
+    }
+}
+
+/// Bytes that `info` occupies as `kept` once it is loaded for a CPU, which quantised matrices are laid out anew for.
+pub(super) fn memory_bytes(info: &TensorInfo, kept: &Storage) -> u64 {
+    match (kept, &*info.shape) {
+        (Storage::Quantized(format), &[rows, k]) => Matrix { format: *format, rows, k }.tiles_bytes() as u64,
+        // What is not converted has the size that the file was checked for; its shape may still be anything.
+        _ if *kept == info.storage => info.bytes,
+        _ => bytes(kept, &info.shape),
     }
 }
 

@@ -47,6 +47,7 @@ pub(super) fn run(command: &BenchCommand) -> Result<()> {
             super::print(&format!("{report}\n"))
         }
         BenchCommand::Model(options) => {
+            model::set_threads(options);
             let report = model::run(options, crate::serve::model(&options.model, options.device)?)?;
             let text = if options.json { to_json(&report)? } else { report.to_string() };
             super::print(&format!("{text}\n"))

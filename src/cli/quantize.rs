@@ -8,10 +8,9 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};
 
 use super::fidelity::{Fidelity, Item};
-use super::settings::FORMATS;
 use super::{jsonl, score};
-use crate::checkpoint::{HubOptions, Rounding, write_rounded};
-use crate::config::{Config, LogConfig, NONE};
+use crate::checkpoint::{HubOptions, write_rounded};
+use crate::config::{Config, LogConfig, NONE, Quantization};
 use crate::error::{Error, Result};
 use crate::model::config::HeadKind;
 use crate::serve::{self, ProgressLine};
@@ -40,8 +39,8 @@ pub(super) struct QuantizeArgs {
     #[arg(value_name = "OUT")]
     output: PathBuf,
     /// What matrices are rounded to
-    #[arg(long, value_name = "FORMAT", value_parser = FORMATS)]
-    format: String,
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    format: Quantization,
     /// Safetensors file with one row: the reward head that is written, in place of the one of IN
     #[arg(long, value_name = "FILE")]
     reward_head: Option<PathBuf>,
@@ -56,9 +55,6 @@ pub(super) struct QuantizeArgs {
 /// A checkpoint that cannot be had or is quantised already, or a file that cannot be written or read.
 pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
     super::start_logging(&LogConfig::default())?;
-    let Some(rounding) = Rounding::named(&args.format) else {
-        return Err(Error::invalid("--format", format!("{} is no format", args.format)));
-    };
     // Read first: a row that is wrong should not be found after an hour.
     let items = args.report.as_deref().map(items).transpose()?;
     let mut checkpoint = serve::open_source(&args.input, &HubOptions::from_env())?;
@@ -69,10 +65,10 @@ pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
         return Err(Error::invalid("--report", format!("{} is no reward model: it has no rewards", checkpoint.name)));
     }
     let mut line = ProgressLine::start();
-    let rounded = write_rounded(&checkpoint, rounding, &args.output, &mut |progress| line.show(progress));
+    let rounded = write_rounded(&checkpoint, args.format.into(), &args.output, &mut |progress| line.show(progress));
     line.end();
     let rounded = rounded?;
-    let (before, after) = (checkpoint.weight_bytes(None) as f64, rounded.bytes as f64);
+    let (before, after) = (checkpoint.weight_bytes() as f64, rounded.bytes as f64);
     let kept: Vec<String> = rounded.kept.iter().map(|(storage, count)| format!("{count} in {storage}")).collect();
     super::print(&format!(
         "{}: {:.1} MiB of tensors, {:.0}% of {:.1} MiB: {}\n",

@@ -82,7 +82,7 @@ mod tests {
             let value = match arg.get_id().as_str() {
                 "log_format" => "json",
                 "device" => "cpu",
-                "offline" => "true",
+                "offline" | "pin_threads" => "true",
                 "log_level" => "warn",
                 "quantize" | "reward_quantize" => "q4_k_m",
                 "compute_dtype" | "reward_compute_dtype" | "kv_cache_dtype" => "bf16",

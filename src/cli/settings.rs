@@ -4,10 +4,10 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::{
-    config::{Config, NONE, Overrides},
+    config::{CacheDtype, ComputeDtype, Config, NONE, Overrides, Quantization},
     device::Choice,
     error::Result,
     service::{Service, generate::GenerateRequest},
@@ -15,9 +15,6 @@ use crate::{
 
 /// Requests that may wait for the engine of a command without a server.
 const WAITING_MAX: usize = 1 << 20;
-
-/// What matrices can be rounded to.
-pub(super) const FORMATS: [&str; 7] = ["bf16", "f16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"];
 
 /// Which models, and how they run.
 #[derive(Debug, Args)]
@@ -35,17 +32,17 @@ pub(super) struct SettingArgs {
     #[arg(long, env = "EURUS_REWARD_MODEL_NAME", value_name = "NAME")]
     reward_model_name: Option<String>,
     /// Round the policy's matrices while it is loaded
-    #[arg(long, env = "EURUS_QUANTIZE", value_name = "FORMAT", value_parser = FORMATS)]
-    quantize: Option<String>,
+    #[arg(long, env = "EURUS_QUANTIZE", value_name = "FORMAT", value_enum)]
+    quantize: Option<Quantization>,
     /// Round the reward model's matrices while it is loaded
-    #[arg(long, env = "EURUS_REWARD_QUANTIZE", value_name = "FORMAT", value_parser = FORMATS)]
-    reward_quantize: Option<String>,
+    #[arg(long, env = "EURUS_REWARD_QUANTIZE", value_name = "FORMAT", value_enum)]
+    reward_quantize: Option<Quantization>,
     /// How the policy multiplies bf16 weights: f32 is exact, bf16 two to four times as fast for prompts where the processor has it
-    #[arg(long, env = "EURUS_COMPUTE_DTYPE", value_name = "TYPE", value_parser = ["f32", "bf16"])]
-    compute_dtype: Option<String>,
+    #[arg(long, env = "EURUS_COMPUTE_DTYPE", value_name = "TYPE", value_enum)]
+    compute_dtype: Option<ComputeDtype>,
     /// The same for the reward model
-    #[arg(long, env = "EURUS_REWARD_COMPUTE_DTYPE", value_name = "TYPE", value_parser = ["f32", "bf16"])]
-    reward_compute_dtype: Option<String>,
+    #[arg(long, env = "EURUS_REWARD_COMPUTE_DTYPE", value_name = "TYPE", value_enum)]
+    reward_compute_dtype: Option<ComputeDtype>,
     /// Safetensors file with one row: the head of the reward model, in place of its own
     #[arg(long, env = "EURUS_REWARD_HEAD", value_name = "FILE")]
     reward_head: Option<String>,
@@ -67,6 +64,11 @@ pub(super) struct SettingArgs {
     /// Threads for arithmetic
     #[arg(long, env = "EURUS_ENGINE__THREADS", value_name = "COUNT")]
     threads: Option<usize>,
+    /// Keep each of them but the first on a core of its own: for a machine that does nothing else
+    #[arg(
+        long, env = "EURUS_ENGINE__PIN_THREADS", num_args = 0..=1, default_missing_value = "true", require_equals = true
+    )]
+    pin_threads: Option<bool>,
     /// Longest sequence in tokens, prompt and answer together
     #[arg(long, env = "EURUS_ENGINE__LEN_MAX", value_name = "TOKENS")]
     len_max: Option<usize>,
@@ -74,8 +76,8 @@ pub(super) struct SettingArgs {
     #[arg(long, env = "EURUS_ENGINE__KV_CACHE_GIB", value_name = "GIB")]
     kv_cache_gib: Option<f64>,
     /// Type of the numbers in the key/value cache on a CPU: auto and f32 are exact, bf16 and f16 take half the memory
-    #[arg(long, env = "EURUS_ENGINE__KV_CACHE_DTYPE", value_name = "TYPE", value_parser = ["auto", "f32", "bf16", "f16"])]
-    kv_cache_dtype: Option<String>,
+    #[arg(long, env = "EURUS_ENGINE__KV_CACHE_DTYPE", value_name = "TYPE", value_enum)]
+    kv_cache_dtype: Option<CacheDtype>,
     /// Tokens computed in one step at most
     #[arg(long, env = "EURUS_ENGINE__STEP_TOKENS", value_name = "TOKENS")]
     step_tokens: Option<usize>,
@@ -121,19 +123,20 @@ impl SettingArgs {
         overrides.set("reward_model", self.reward_model.clone());
         overrides.set("model_name", self.model_name.clone());
         overrides.set("reward_model_name", self.reward_model_name.clone());
-        overrides.set("quantize", self.quantize.clone());
-        overrides.set("reward_quantize", self.reward_quantize.clone());
-        overrides.set("compute_dtype", self.compute_dtype.clone());
-        overrides.set("reward_compute_dtype", self.reward_compute_dtype.clone());
+        overrides.set("quantize", self.quantize.and_then(named));
+        overrides.set("reward_quantize", self.reward_quantize.and_then(named));
+        overrides.set("compute_dtype", self.compute_dtype.and_then(named));
+        overrides.set("reward_compute_dtype", self.reward_compute_dtype.and_then(named));
         overrides.set("reward_head", self.reward_head.clone());
         overrides.set("device", self.device);
         overrides.set("hub.revision", self.revision.clone());
         overrides.set("hub.reward_revision", self.reward_revision.clone());
         overrides.set("hub.offline", self.offline);
         overrides.set("engine.threads", self.threads);
+        overrides.set("engine.pin_threads", self.pin_threads);
         overrides.set("engine.len_max", self.len_max);
         overrides.set("engine.kv_cache_gib", self.kv_cache_gib);
-        overrides.set("engine.kv_cache_dtype", self.kv_cache_dtype.clone());
+        overrides.set("engine.kv_cache_dtype", self.kv_cache_dtype.and_then(named));
         overrides.set("engine.step_tokens", self.step_tokens);
         overrides.set("engine.running_max", self.running_max);
         overrides.set("engine.waiting_max", self.waiting_max);
@@ -167,6 +170,11 @@ impl SettingArgs {
         super::start_logging(&config.log)?;
         crate::serve::service(&config)
     }
+}
+
+/// What a setting's value is called in files.
+fn named(value: impl ValueEnum) -> Option<String> {
+    value.to_possible_value().map(|value| value.get_name().to_owned())
 }
 
 /// How answers are drawn.

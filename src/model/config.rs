@@ -123,6 +123,7 @@ impl ModelConfig {
         let hidden = keys.size("hidden_size", most::HIDDEN);
         // The default of MistralConfig and MixtralConfig is 8; LlamaConfig's is one key head for each query head.
         let kv_default = if architecture == Some(Architecture::Llama) { heads } else { 8 };
+        let eps_default = if architecture == Some(Architecture::Mixtral) { 1e-5 } else { 1e-6 };
         let vocab = keys.size("vocab_size", most::VOCAB);
         let mut config = Self {
             architecture: architecture.unwrap_or(Architecture::Llama),
@@ -136,8 +137,8 @@ impl ModelConfig {
             intermediate: keys.size("intermediate_size", most::INTERMEDIATE),
             experts: experts(&mut keys, architecture),
             vocab,
-            rope_theta: rope_theta(&mut keys),
-            rms_eps: keys.real("rms_norm_eps", 1e-20..=0.1).unwrap_or(1e-6),
+            rope_theta: rope_theta(&mut keys, architecture),
+            rms_eps: keys.real("rms_norm_eps", 1e-20..=0.1).unwrap_or(eps_default),
             window: window(&mut keys, architecture),
             positions_max: keys.size("max_position_embeddings", most::POSITIONS),
             tied,
@@ -269,7 +270,7 @@ fn head_dim(keys: &mut Keys, hidden: usize, heads: usize) -> usize {
 }
 
 /// From the top level (old files), from `rope_parameters` (transformers 5), or both when they agree.
-fn rope_theta(keys: &mut Keys) -> f64 {
+fn rope_theta(keys: &mut Keys, architecture: Option<Architecture>) -> f64 {
     let range = 1e-3..=1e15;
     let top = keys.real("rope_theta", range.clone());
     let mut inner = None;
@@ -290,7 +291,8 @@ fn rope_theta(keys: &mut Keys) -> f64 {
     {
         keys.wrong("rope_theta", format!("is {top}, and {inner} in rope_parameters"));
     }
-    inner.or(top).unwrap_or(10_000.0)
+    let default = if architecture == Some(Architecture::Mixtral) { 1e6 } else { 1e4 };
+    inner.or(top).unwrap_or(default)
 }
 
 fn window(keys: &mut Keys, architecture: Option<Architecture>) -> Option<usize> {
@@ -404,6 +406,13 @@ mod tests {
         assert_eq!(parsed(&json!({"model_type": null})).architecture, Architecture::Mistral);
         assert_eq!(parsed(&json!({"num_key_value_heads": null})).kv_heads, 8);
         assert_eq!(parsed(&json!({"torch_dtype": null, "dtype": "float16"})).dtype, Some(DType::F16));
+        let bare = json!({
+            "model_type": "mixtral", "architectures": null, "rope_theta": null, "rms_norm_eps": null,
+            "num_key_value_heads": null
+        });
+        let bare = parsed(&bare);
+        assert_eq!((bare.rope_theta, bare.rms_eps, bare.kv_heads), (1e6, 1e-5, 8));
+        assert_eq!(bare.experts, Some(Experts { count: 8, per_token: 2 }));
         let llama = json!({"model_type": "llama", "num_key_value_heads": null});
         assert_eq!(parsed(&llama).kv_heads, 32);
         let classifier = json!({"architectures": ["MistralForSequenceClassification"], "id2label": {"0": "LABEL_0"}});
@@ -444,6 +453,9 @@ mod tests {
         check_refused(&json!({"head_dim": 0}), &size("head_dim", 512, "0"));
         check_refused(&json!({"head_dim": 65}), "head_dim must be even and at most 512, not 65");
         check_refused(&json!({"hidden_size": null}), "hidden_size is missing");
+        let chosen =
+            json!({"model_type": "mixtral", "architectures": null, "num_local_experts": 3, "num_experts_per_tok": 4});
+        check_refused(&chosen, "num_experts_per_tok is 4, of 3 experts");
         check_refused(&json!({"sliding_window": 0}), "sliding_window must be a whole number above 0, not 0");
         let kv =
             |kv, heads| format!("num_key_value_heads must divide num_attention_heads: {kv} into {heads} does not go");

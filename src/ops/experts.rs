@@ -10,9 +10,9 @@ use super::parallel::for_each;
 use super::storage::{Shared, slice, slice_mut};
 use super::{embed, host, select};
 use crate::error::Result;
-use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 #[cfg(feature = "cuda")]
-use candle_core::{CudaStorage, DType};
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 
 /// What one expert computes in a step.
 #[derive(Debug, Clone, PartialEq)]
@@ -218,6 +218,18 @@ mod tests {
             }
         }
         assert_eq!(routes.iter().filter(|route| route.rows.contains(&0)).count(), 2);
+    }
+
+    #[test]
+    fn impossible_experts_have_no_share_and_no_rows_no_routes() {
+        let never = f32::NEG_INFINITY;
+        let routes = route(&logits(&[[never, 2.0, never, never]]), 2).unwrap();
+        let found: Vec<(usize, f32)> = routes.iter().map(|route| (route.expert, route.shares[0])).collect();
+        assert_eq!(found, [(0, 0.0), (1, 1.0)]);
+        for row in [[never; 4], [f32::INFINITY, 0.0, 0.0, 0.0]] {
+            assert!(route(&logits(&[row]), 2).unwrap().iter().any(|route| route.shares[0].is_nan()));
+        }
+        assert_eq!(route(&Tensor::zeros((0, 4), candle_core::DType::F32, &Device::Cpu).unwrap(), 2).unwrap(), []);
     }
 
     #[test]

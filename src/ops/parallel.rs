@@ -20,6 +20,12 @@ pub fn set_threads(n: usize) {
     POOL.threads.store(n.clamp(1, THREADS_MAX), Ordering::Relaxed);
 }
 
+/// Keeps each worker that starts from now on on a processor of its own, as far as there are enough and the system allows it. Callers
+/// stay free to move.
+pub fn pin_workers() {
+    POOL.pinned.store(true, Ordering::Relaxed);
+}
+
 /// How many threads a loop may use, the caller included: what was set, or the available parallelism.
 pub fn threads() -> usize {
     match POOL.threads.load(Ordering::Relaxed) {
@@ -91,6 +97,7 @@ static POOL: Pool = Pool::new();
 /// only after it took a seat; the caller withdraws the free seats when its own share is done and leaves when nobody is inside.
 struct Pool {
     threads: AtomicUsize,
+    pinned: AtomicBool,
     /// Held by the caller of the running loop.
     workers: Mutex<Vec<Worker>>,
     gate: AtomicU64,
@@ -160,6 +167,7 @@ impl Pool {
     const fn new() -> Self {
         Self {
             threads: AtomicUsize::new(0),
+            pinned: AtomicBool::new(false),
             workers: Mutex::new(Vec::new()),
             gate: AtomicU64::new(0),
             task: AtomicPtr::new(std::ptr::null_mut()),
@@ -191,8 +199,14 @@ impl Pool {
         while workers.len() < wanted {
             let parked = Arc::new(AtomicBool::new(false));
             let flag = parked.clone();
-            let name = format!("ops-{}", workers.len() + 1);
-            let spawned = std::thread::Builder::new().name(name).spawn(move || self.serve(&flag));
+            let (number, pinned) = (workers.len() + 1, self.pinned.load(Ordering::Relaxed));
+            let life = move || {
+                if pinned {
+                    pin(number);
+                }
+                self.serve(&flag)
+            };
+            let spawned = std::thread::Builder::new().name(format!("ops-{number}")).spawn(life);
             // Without a thread the loop is only slower.
             let Ok(handle) = spawned else { return };
             workers.push(Worker { thread: handle.thread().clone(), parked });
@@ -278,6 +292,23 @@ impl Pool {
         }
     }
 }
+
+/// Keeps this thread on the processor that is number `number` of those it may use, beginning again after the last.
+#[cfg(target_os = "linux")]
+fn pin(number: usize) {
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+    let Ok(allowed) = sched_getaffinity(None) else { return };
+    let processors: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|processor| allowed.is_set(*processor)).collect();
+    if let Some(processor) = processors.get(number % processors.len().max(1)) {
+        let mut one = CpuSet::new();
+        one.set(*processor);
+        // A sandbox may forbid it; then the system places the thread, as without this.
+        let _ = sched_setaffinity(None, &one);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn pin(_number: usize) {}
 
 #[cfg(test)]
 mod tests {
@@ -387,6 +418,28 @@ mod tests {
             });
             assert_eq!(new, expected);
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn pinned_workers_have_one_processor_each_and_callers_all_of_theirs() {
+        use rustix::thread::sched_getaffinity;
+        let (pool, before) = (pool(), sched_getaffinity(None).unwrap());
+        pool.pinned.store(true, Ordering::Relaxed);
+        let caller = std::thread::current().id();
+        let (all, found) = (Barrier::new(3), Mutex::new(Vec::new()));
+        let work = each(|_| {
+            if std::thread::current().id() != caller {
+                found.lock().unwrap().push(sched_getaffinity(None).unwrap());
+            }
+            all.wait();
+        });
+        assert!(pool.run(3, 2, &work));
+        drop(work);
+        let found = found.into_inner().unwrap();
+        assert!(found.len() == 2 && found.iter().all(|set| set.count() == 1));
+        assert_eq!(found[0] == found[1], before.count() == 1);
+        assert_eq!(sched_getaffinity(None).unwrap(), before);
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub fn uniform(seed: u64, counter: u64) -> f64 {
 }
 
 /// The token of `logits` `[vocab]` at which the cumulative probability, in id order and after `filters`, exceeds
-/// `uniform` in `[0, 1)`. Entries of minus infinity are never drawn. Sums are f64 in one order.
+/// `uniform` in `[0, 1)`. Entries of minus infinity are never drawn. Sums are f64, in an order that depends on nothing but the row.
 ///
 /// # Errors
 /// [`Error::Internal`] if an entry is not a number or plus infinity, or if none is finite; [`Error::Invalid`] if a

@@ -9,6 +9,7 @@ use crate::{
     config::{Config, NONE},
     device,
     error::{Error, Result},
+    model::config::Experts,
     service::Kind,
 };
 
@@ -84,8 +85,11 @@ fn describe(
         "  shape       {} layers, hidden {}, {} heads of {}, {} key/value heads, vocabulary {}",
         model.layers, model.hidden, model.heads, model.head_dim, model.kv_heads, model.vocab
     );
+    if let Some(Experts { count, per_token }) = model.experts {
+        let _ = writeln!(report, "  experts     {count} in a layer, of which {per_token} compute each token");
+    }
     if let Some(rounding) = rounding {
-        let stored = checkpoint.weight_bytes(None) as f64 / f64::from(1 << 20);
+        let stored = checkpoint.weight_bytes() as f64 / f64::from(1 << 20);
         let _ = writeln!(report, "  quantised   to {rounding} while loading, from {stored:.1} MiB");
     }
     let template = checkpoint.chat_template()?;

@@ -127,15 +127,21 @@ pub(super) fn rounding(kind: Kind, config: &Config) -> Option<Rounding> {
         Kind::Policy => config.quantize,
         Kind::Reward => config.reward_quantize,
     };
-    asked.map(|format| match format {
-        Quantization::Bf16 => Rounding::Bf16,
-        Quantization::F16 => Rounding::F16,
-        Quantization::Q8_0 => Rounding::Q8_0,
-        Quantization::Q4_0 => Rounding::Q4_0,
-        Quantization::Q4KM => Rounding::Q4KM,
-        Quantization::Q5KM => Rounding::Q5KM,
-        Quantization::Q6K => Rounding::Q6K,
-    })
+    asked.map(Rounding::from)
+}
+
+impl From<Quantization> for Rounding {
+    fn from(asked: Quantization) -> Self {
+        match asked {
+            Quantization::Bf16 => Self::Bf16,
+            Quantization::F16 => Self::F16,
+            Quantization::Q8_0 => Self::Q8_0,
+            Quantization::Q4_0 => Self::Q4_0,
+            Quantization::Q4KM => Self::Q4KM,
+            Quantization::Q5KM => Self::Q5KM,
+            Quantization::Q6K => Self::Q6K,
+        }
+    }
 }
 
 pub(crate) fn open_source(source: &str, options: &HubOptions) -> Result<Checkpoint> {
@@ -202,4 +208,21 @@ fn timed<T>(metrics: &Metrics, stage: &str, work: impl FnOnce() -> Result<T>) ->
     let result = work();
     metrics.startup_seconds.with_label_values(&[stage]).observe(start.elapsed().as_secs_f64());
     result
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use clap::ValueEnum;
+
+    use super::*;
+
+    #[test]
+    fn a_format_has_one_name_everywhere() {
+        for format in Quantization::value_variants() {
+            let flag = format.to_possible_value().unwrap().get_name().to_owned();
+            assert_eq!(serde_json::to_value(format).unwrap(), flag);
+            assert_eq!(Rounding::from(*format).name(), flag);
+        }
+    }
 }

@@ -55,7 +55,7 @@ impl Needs {
     ) -> Result<Self> {
         let headers = checkpoint.headers();
         if device.is_cpu() {
-            let weight_bytes = checkpoint.weight_bytes(rounding);
+            let weight_bytes = checkpoint.memory_bytes(rounding);
             return Ok(Self { weight_bytes, work_bytes: 0, cache_dtype: host_cache_dtype(settings.kv_cache_dtype) });
         }
         if settings.kv_cache_dtype != CacheDtype::Auto {
@@ -70,9 +70,10 @@ impl Needs {
         });
         let (model, dtype) = (&checkpoint.config, Place::dtype_on(device, stored));
         let number_bytes = dtype.size_in_bytes() as u64;
-        // Rows that live at once in a layer: residuals and norms, the projection of queries, keys and values, and the two of the mlp.
+        // Rows that live at once in a layer: residuals and norms, the projection of queries, keys and values, and the two of the mlp;
+        // of experts those of one, which may have all rows, and what it gives.
         let attention = (2 * model.heads + 2 * model.kv_heads) * model.head_dim;
-        let row = 6 * model.hidden + attention + 3 * model.intermediate;
+        let row = 7 * model.hidden + attention + 3 * model.intermediate;
         let work = settings.step_tokens as u64 * row as u64 + LOGITS_ROWS * model.vocab as u64;
         Ok(Self {
             weight_bytes: model.parameter_count() * number_bytes,

@@ -39,6 +39,18 @@ fn tell(step: Progress<'_>, progress: &mut dyn FnMut(&str, u64, u64)) {
     }
 }
 
+/// Whether the layers of `checkpoint` have gradients.
+///
+/// # Errors
+/// [`Error::Invalid`] for mixtures of experts, which have none.
+pub fn check_trainable(checkpoint: &Checkpoint) -> Result<()> {
+    if checkpoint.config.experts.is_none() {
+        return Ok(());
+    }
+    let message = format!("{} is a mixture of experts, and those are served and not trained", checkpoint.name);
+    Err(Error::invalid("model.from", message))
+}
+
 /// How `recipe` encodes texts for a model that begins as `checkpoint`.
 ///
 /// # Errors
@@ -80,10 +92,6 @@ pub fn trained(
     device: &Device,
     progress: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<Model> {
-    if checkpoint.config.experts.is_some() {
-        let message = format!("{} is a mixture of experts, and those are served and not trained", checkpoint.name);
-        return Err(Error::invalid("model.from", message));
-    }
     let seed = recipe.run.seed;
     let mut weights = match recipe.model.init {
         Init::Checkpoint => checkpoint.load_weights(device, &mut |step| tell(step, progress))?,

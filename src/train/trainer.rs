@@ -112,6 +112,7 @@ impl Prepared {
         let device = Device::Cpu;
         let mut prepare = |what: &str, done, total| watch.preparing(what, done, total);
         let checkpoint = initial::open(&recipe.model.from, &mut prepare)?;
+        initial::check_trainable(&checkpoint)?;
         let encoder = initial::encoder(recipe, &checkpoint)?;
         let form = match recipe.stage {
             Stage::Sft => Form::Text,

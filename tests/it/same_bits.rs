@@ -283,6 +283,11 @@ fn a_policy_of_experts_answers_the_same_in_any_company() {
 }
 
 #[test]
+fn a_policy_of_quantised_experts_answers_the_same_in_any_company() {
+    check_model("quantised experts", Kind::Policy, || gguf::model("experts_q4_k_m.gguf"));
+}
+
+#[test]
 fn a_policy_that_multiplies_in_bf16_answers_the_same_in_any_company() {
     check_model("bf16", Kind::Policy, || {
         let mut model = gguf::model("bf16.gguf");

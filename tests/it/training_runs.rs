@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use eurus::bench::make_model::{self, Kind, WeightType};
 use eurus::checkpoint::{self, HubOptions, Source};
-use eurus::error::Result;
+use eurus::error::{Error, Result};
 use eurus::train::plan::Plan;
 use eurus::train::recipe::{Recipe, Stage};
 use eurus::train::start::{self, Wish};
@@ -53,21 +53,7 @@ struct Place {
 impl Place {
     fn new() -> Self {
         let place = Self { folder: tempfile::tempdir().unwrap() };
-        make_model::run(&make_model::Options {
-            out: place.path("model"),
-            hidden: 16,
-            layers: 2,
-            heads: 2,
-            kv_heads: 1,
-            intermediate: 24,
-            experts: None,
-            vocab: 300,
-            positions: 256,
-            dtype: WeightType::F32,
-            kind: Kind::Policy,
-            seed: 1,
-        })
-        .unwrap();
+        place.make_model("model", None);
         let row = |index: usize| {
             json!({
                 "id": format!("{index:x}_1_1"), "parent_id": format!("{index:x}"), "task": "Math_CoT", "dataset": "test",
@@ -78,6 +64,24 @@ impl Place {
         let rows: String = (0..14).map(|index| format!("{}\n", row(index))).collect();
         fs::write(place.path("pairs.jsonl"), rows).unwrap();
         place
+    }
+
+    fn make_model(&self, name: &str, experts: Option<u16>) {
+        let options = make_model::Options {
+            out: self.path(name),
+            hidden: 16,
+            layers: 2,
+            heads: 2,
+            kv_heads: 1,
+            intermediate: 24,
+            experts,
+            vocab: 300,
+            positions: 256,
+            dtype: WeightType::F32,
+            kind: Kind::Policy,
+            seed: 1,
+        };
+        make_model::run(&options).unwrap();
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -192,4 +196,18 @@ fn a_loss_that_is_no_number_ends_the_run_or_is_passed_over() {
     let error = run(&place.recipe(Stage::Dpo, "wild", &wild), None).unwrap_err();
     let text = error.to_string();
     assert!(text.contains("bad_steps_max") || text.contains("gave"), "{text}");
+}
+
+#[test]
+fn a_mixture_of_experts_is_refused_by_name() {
+    let place = Place::new();
+    place.make_model("experts", Some(4));
+    let from = format!("model.from={}", place.path("experts").display());
+    match run(&place.recipe(Stage::Sft, "out", &[&from]), None) {
+        Err(Error::Invalid { field, message }) => {
+            assert_eq!(field.as_deref(), Some("model.from"));
+            assert!(message.contains("experts is a mixture of experts"), "{message}");
+        }
+        other => panic!("{other:?}"),
+    }
 }

@@ -12,6 +12,9 @@ pub(super) const APPEND_EOS: &str = "eurus.append_eos";
 /// Key of this program: all tokens that end an answer, where there are several.
 pub(super) const EOS_IDS: &str = "eurus.eos_token_ids";
 
+/// Where `llama.rope.freq_base` is missing, whatever the layers are.
+const ROPE_THETA: f64 = 10_000.0;
+
 /// What the metadata does not tell: about the head and the numbers, from the tensors.
 pub(super) struct Head {
     /// There is a tensor of rewards.
@@ -92,8 +95,9 @@ pub(super) fn config_json(metadata: Metadata<'_>, head: &Head) -> Result<String>
         Some("llama") => {}
         other => {
             let other = other.unwrap_or("that is not named");
-            let what =
-                format!("a GGUF file of architecture {other} (supported: llama, which Mistral's files have too)");
+            let what = format!(
+                "a GGUF file of architecture {other} (supported: llama, which Mistral's and Mixtral's files have too)"
+            );
             return Err(Error::Unsupported(what));
         }
     }
@@ -125,7 +129,7 @@ pub(super) fn config_json(metadata: Metadata<'_>, head: &Head) -> Result<String>
         return Err(Error::Checkpoint(what.to_owned()));
     }
     put("rms_norm_eps", eps.map(Json::from));
-    put("rope_theta", metadata.real("llama.rope.freq_base")?.map(Json::from));
+    put("rope_theta", Some(Json::from(metadata.real("llama.rope.freq_base")?.unwrap_or(ROPE_THETA))));
     put("eos_token_id", ends(metadata)?);
     put("append_eos", metadata.flag(APPEND_EOS)?.map(Json::from));
     put("torch_dtype", head.dtype.map(Json::from));
@@ -133,12 +137,15 @@ pub(super) fn config_json(metadata: Metadata<'_>, head: &Head) -> Result<String>
     let window = metadata.number("llama.attention.sliding_window")?.filter(|window| *window > 0);
     let is_windowed = window.is_some();
     put("sliding_window", window.map(Json::from));
-    let experts = metadata.number("llama.expert_count")?.filter(|count| *count > 0);
-    put("num_local_experts", experts.map(Json::from));
-    put(
-        "num_experts_per_tok",
-        metadata.number("llama.expert_used_count")?.filter(|_| experts.is_some()).map(Json::from),
-    );
+    let experts = expert_count(metadata)?;
+    if let Some(count) = experts {
+        let Some(used) = metadata.number("llama.expert_used_count")?.filter(|used| (1..=count).contains(used)) else {
+            let what = format!("llama.expert_used_count must be a number from 1 to {count}, the number of experts");
+            return Err(Error::Checkpoint(what));
+        };
+        put("num_local_experts", Some(Json::from(count)));
+        put("num_experts_per_tok", Some(Json::from(used)));
+    }
     let (class, kind) = match (experts, is_windowed) {
         (Some(_), _) => ("MixtralForCausalLM", "mixtral"),
         (None, true) => ("MistralForCausalLM", "mistral"),
@@ -151,6 +158,11 @@ pub(super) fn config_json(metadata: Metadata<'_>, head: &Head) -> Result<String>
         put("num_key_value_heads", metadata.number("llama.attention.head_count")?.map(Json::from));
     }
     Ok(Json::Object(config).to_string())
+}
+
+/// How many experts a layer has, where it has any.
+pub(super) fn expert_count(metadata: Metadata<'_>) -> Result<Option<u64>> {
+    Ok(metadata.number("llama.expert_count")?.filter(|count| *count > 0))
 }
 
 /// Tokens that end an answer: of a text, and of a turn where it has one of its own.

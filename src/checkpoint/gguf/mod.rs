@@ -1,7 +1,7 @@
 //! GGUF files, the form in which llama.cpp's users share models: one file, or several `NAME-00001-of-00003.gguf`, with sizes,
 //! tokenizer, template and tensors. Becomes a checkpoint like any other; quantised matrices stay as they are.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -32,6 +32,8 @@ use names::RowOrder;
 
 /// Most parts that one model may have.
 const PARTS_MAX: usize = 1000;
+/// Most tensors that one model may have, each expert's by itself: ten times those of the largest that are known.
+const PLACES_MAX: usize = 100_000;
 
 /// The tensors of a model in one file or several.
 #[derive(Debug, Clone)]
@@ -63,7 +65,10 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     check_parts(&headers)?;
     let metadata = Metadata(&first.metadata);
     let entries = || headers.iter().flat_map(|header| header.tensors.iter().map(|entry| (&header.path, entry)));
-    let places: Vec<Place> = entries().flat_map(|(path, entry)| Place::all(path, entry)).collect();
+    let experts = config::expert_count(metadata).map_err(named)?;
+    let places = entries().flat_map(|(path, entry)| Place::all(path, entry, experts));
+    let places: Vec<Place> = places.take(PLACES_MAX + 1).collect();
+    check_places(&places)?;
     let has = |name: &str| places.iter().any(|place| place.info.name == name);
     let is_reward = has(names::REWARD_HEAD);
     let head = Head { is_reward, is_tied: !has(names::LANGUAGE_HEAD), dtype: dtype(&places) };
@@ -76,6 +81,18 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let tensors = GgufTensors { places, heads: config.heads, kv_heads: config.kv_heads };
     let files = Files::Gguf { path: first.path.clone(), config: json };
     Ok(Checkpoint::assemble(name, config, tokenizer, Tensors::Gguf(tensors), files))
+}
+
+/// There may not be too many, and no two tensors of files may stand for one, as alone and among all experts.
+fn check_places(places: &[Place]) -> Result<()> {
+    let mut names = HashSet::new();
+    if let Some(last) = places.get(PLACES_MAX) {
+        return Err(Error::file(&last.path, format!("has more than {PLACES_MAX} matrices and vectors")));
+    }
+    match places.iter().find(|place| !names.insert(&place.info.name)) {
+        None => Ok(()),
+        Some(place) => Err(Error::file(&place.path, format!("has {} twice", place.info.name))),
+    }
 }
 
 /// What config.json calls the type of the matrices in `places`, where they have one.
@@ -92,10 +109,10 @@ fn dtype(places: &[Place]) -> Option<&'static str> {
 }
 
 impl Place {
-    /// That of `entry`, or those of the experts in it.
-    fn all(path: &Path, entry: &Entry) -> Vec<Self> {
+    /// That of `entry`, or those of the experts in it, which are as many as the file says that a layer has.
+    fn all(path: &Path, entry: &Entry, experts: Option<u64>) -> Vec<Self> {
         let experts = match *entry.shape {
-            [count, rows, k] if (1..=EXPERTS_MAX).contains(&count) => {
+            [count, rows, k] if count <= EXPERTS_MAX && experts == Some(count as u64) => {
                 names::experts(&entry.name, count).map(|names| (names, entry.bytes / count as u64, vec![rows, k]))
             }
             _ => None,

@@ -70,7 +70,8 @@ pub(super) fn hugging_face(name: &str) -> (String, RowOrder) {
         }
         let (part, expert) = part.split_once('.')?;
         let (_, of) = EXPERT_PARTS.iter().find(|(own, _)| *own == part)?;
-        Some((format!("model.layers.{layer}.{}.weight", of(GatedNames::expert(expert.parse().ok()?))), RowOrder::Same))
+        let number = expert.parse().ok().filter(|number: &usize| number.to_string() == expert)?;
+        Some((format!("model.layers.{layer}.{}.weight", of(GatedNames::expert(number))), RowOrder::Same))
     });
     found.unwrap_or_else(|| (name.to_owned(), RowOrder::Same))
 }
@@ -190,6 +191,7 @@ mod tests {
                 assert_eq!(hugging_face(&format!("blk.7.{own}.{expert}.weight")).0, *name);
             }
         }
+        assert_eq!(hugging_face("blk.7.ffn_gate.03.weight").0, "blk.7.ffn_gate.03.weight");
         assert_eq!(experts("blk.7.ffn_gate.weight", 3), None);
         assert_eq!(experts("blk.7.attn_q_exps.weight", 3), None);
         assert_eq!(in_file(&theirs("experts.0.w4")), None);

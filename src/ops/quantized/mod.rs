@@ -146,8 +146,8 @@ impl Matrix {
         parallel::filled(self.rows * self.k, self.k, |index, out| self.row(tiles, index, out))
     }
 
-    /// Bytes of all tiles.
-    pub(super) fn tiles_bytes(self) -> usize {
+    /// Bytes of all tiles: of the matrix in memory. Rows are filled up to sixteen, records hold more than blocks.
+    pub fn tiles_bytes(self) -> usize {
         self.rows.div_ceil(COLUMNS) * self.tile_bytes()
     }
 

@@ -106,6 +106,25 @@ fn a_checkpoint_says_what_the_file_says() {
     checkpoint.check_tensors().unwrap();
 }
 
+#[test]
+fn experts_in_tensors_of_their_own_are_those_in_one() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("apart.gguf");
+    let bytes = fs::read(fixture("experts_q4_k_m.gguf")).unwrap();
+    fs::write(&path, with_experts_apart(&bytes, 8)).unwrap();
+    let tokens = [1, 5, 300, 17, 44];
+    assert_eq!(logits(&load(&path), &tokens), logits(&model("experts_q4_k_m.gguf"), &tokens));
+}
+
+#[test]
+fn tiles_of_some_formats_take_more_memory_than_their_blocks() {
+    for (name, least, most) in [("bf16.gguf", 1.0, 1.0), ("q8_0.gguf", 1.0, 1.0), ("q4_k_m.gguf", 1.01, 1.04)] {
+        let checkpoint = open(&fixture(name)).unwrap();
+        let ratio = checkpoint.memory_bytes(None) as f64 / checkpoint.weight_bytes() as f64;
+        assert!((least..=most).contains(&ratio), "{name}: {ratio}");
+    }
+}
+
 /// `file` in two parts, the tokenizer in the first, as gguf-split cuts it.
 pub(super) fn split(file: &Path, folder: &Path) -> [PathBuf; 2] {
     let bytes = fs::read(file).unwrap();
@@ -133,6 +152,30 @@ pub(super) fn edited(bytes: &[u8], change: impl FnOnce(&mut Vec<Key>)) -> Vec<u8
     change(&mut parsed.keys);
     assert_ne!(parsed.keys, before, "the edit changes nothing");
     parsed.file(bytes, &parsed.keys, &parsed.entries)
+}
+
+/// The GGUF file `bytes` with a tensor for every one of `count` experts, as files of 2023 have them, in the place of one for all.
+pub(super) fn with_experts_apart(bytes: &[u8], count: usize) -> Vec<u8> {
+    let parsed = Cut::parse(bytes);
+    let mut entries = Vec::new();
+    for (entry, start, len) in &parsed.entries {
+        let len_of_name = u64::from_le_bytes(entry[..8].try_into().unwrap()) as usize;
+        let (name, rest) = entry[8..].split_at(len_of_name);
+        let name = String::from_utf8(name.to_vec()).unwrap();
+        let Some(name) = name.strip_suffix("_exps.weight") else {
+            entries.push((entry.clone(), *start, *len));
+            continue;
+        };
+        for expert in 0..count {
+            let name = format!("{name}.{expert}.weight");
+            // Two dimensions in the place of three, whose last one counts the experts, and the type.
+            let entry =
+                [&name.len().to_le_bytes()[..], name.as_bytes(), &2_u32.to_le_bytes(), &rest[4..20], &rest[28..]];
+            entries.push((entry.concat(), start + expert * (len / count), len / count));
+        }
+    }
+    assert_ne!(entries.len(), parsed.entries.len());
+    parsed.file(bytes, &parsed.keys, &entries)
 }
 
 /// Where the parts of a GGUF file with 32-byte alignment are.

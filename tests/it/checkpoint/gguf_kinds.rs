@@ -122,3 +122,35 @@ fn a_link_out_of_the_folder_is_not_followed() {
     std::os::unix::fs::symlink(&target, scratch.path().join("m.gguf")).unwrap();
     check_refused(open(scratch.path()), "is a link that leaves the checkpoint's folder");
 }
+
+/// The fixture with experts, with other metadata: it opens, and has the tensors it asks for.
+fn with_experts(change: impl FnOnce(&mut Vec<Key>)) -> Result<()> {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("changed.gguf");
+    fs::write(&path, edited(&fs::read(fixture("experts_q4_k_m.gguf")).unwrap(), change)).unwrap();
+    open(&path)?.check_tensors()
+}
+
+#[test]
+fn experts_that_are_not_there_are_refused_by_name() {
+    let put = |name: &'static str, value: Option<u32>| {
+        with_experts(move |keys| {
+            keys.retain(|(key, _)| key != name);
+            keys.extend(value.map(|value| number(name, value)));
+        })
+    };
+    let used = "llama.expert_used_count must be a number from 1 to 8";
+    let of = |count: &'static str, part: &str| format!("{count} {part}");
+    for (name, value, part) in [
+        ("llama.expert_used_count", None, used.to_owned()),
+        ("llama.expert_used_count", Some(0), used.to_owned()),
+        ("llama.expert_used_count", Some(9), used.to_owned()),
+        ("llama.expert_count", Some(4), of("12 missing", "(model.layers.0.block_sparse_moe.experts.0.w1.weight")),
+        ("llama.expert_count", Some(257), "num_local_experts must be a whole number from 1 to 256".to_owned()),
+        ("llama.expert_count", None, of("4 not used by this model", "(blk.0.ffn_down_exps.weight")),
+    ] {
+        let error = put(name, value).unwrap_err().to_string();
+        assert!(error.contains(&part), "{name} {value:?}: {error}");
+    }
+    assert!(put("llama.expert_used_count", Some(8)).is_ok());
+}
