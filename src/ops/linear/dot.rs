@@ -116,18 +116,13 @@ impl<E: Element, const R: usize, const C: usize> Kernel for Dots<'_, E, R, C> {
         let w = self.w.map(|w| &w.as_chunks::<LANES>().0[..steps]);
         let mut sums = [[isa.splat(0.0); C]; R];
         for i in 0..steps {
-            let ahead = i * size_of::<[E; LANES]>() + PREFETCH_BYTES;
-            w.iter().for_each(|w| isa.prefetch(w.as_ptr().cast::<u8>().wrapping_add(ahead)));
-            // Registers hold all sums, the shorter side of the tile, and one number of the longer side at a time.
-            if const { R < C } {
-                let rows = x.map(|x| isa.load(&x[i]));
-                for (c, w) in w.iter().enumerate() {
-                    let column = E::widen(isa, &w[i]);
-                    rows.iter().zip(&mut sums).for_each(|(row, sums)| sums[c] = isa.fma(*row, column, sums[c]));
-                }
-            } else {
-                let columns = w.map(|w| E::widen(isa, &w[i]));
-                x.iter().zip(&mut sums).for_each(|(x, sums)| add_products(isa, isa.load(&x[i]), &columns, sums));
+            let mut columns = [isa.splat(0.0); C];
+            for (column, w) in columns.iter_mut().zip(&w) {
+                isa.prefetch(w.as_ptr().cast::<u8>().wrapping_add(i * size_of::<[E; LANES]>() + PREFETCH_BYTES));
+                *column = E::widen(isa, &w[i]);
+            }
+            for (x, sums) in x.iter().zip(&mut sums) {
+                add_products(isa, isa.load(&x[i]), &columns, sums);
             }
         }
         if self.x[0].len() > steps * LANES {
