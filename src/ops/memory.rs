@@ -117,7 +117,8 @@ mod lines {
         #[test]
         fn large_blocks_begin_at_a_line_and_keep_what_they_hold() {
             for len in [1024, 1025, 100_000, 3 << 20] {
-                assert!(Vec::<f32>::with_capacity(len).as_ptr().addr().is_multiple_of(LINE_BYTES), "{len}");
+                let block = Vec::<f32>::with_capacity(len);
+                assert!(block.as_ptr().addr().is_multiple_of(LINE_BYTES), "{len}");
             }
             let mut grown: Vec<u32> = Vec::new();
             (0..100_000).for_each(|i| grown.push(i));
