@@ -7,7 +7,7 @@ use super::config::tensors::{GatedNames, ROUTER};
 use super::weights::Weights;
 use crate::error::{Error, Result};
 use crate::ops::experts::route;
-use crate::ops::linear::Linear;
+use crate::ops::linear::{Linear, gated};
 use crate::ops::parameter::Parameter;
 use crate::ops::place::Place;
 use crate::ops::swiglu::{swiglu, swiglu_backward};
@@ -52,16 +52,12 @@ impl Mlp {
     /// `x` `[T, hidden]` to `[T, hidden]`, and what [`Mlp::backward`] needs beside `x`.
     pub(super) fn forward(&self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         match self {
-            Self::Gated(gated) => {
-                let gate_up = gated.gate_up.forward(x)?;
-                Ok((gated.finish(&gate_up)?, Some(gate_up)))
-            }
+            Self::Gated(gated) => gated.forward(x),
             Self::Experts { router, experts, per_token } => {
                 let sum = x.zeros_like()?;
                 for route in route(&router.forward(x)?, *per_token)? {
                     let gated = &experts[route.expert];
-                    let y = gated.finish(&gated.gate_up.forward(&route.gather(x)?)?)?;
-                    route.add_to(&sum, &y)?;
+                    route.add_to(&sum, &gated.forward(&route.gather(x)?)?.0)?;
                 }
                 Ok((sum, None))
             }
@@ -74,7 +70,8 @@ impl Mlp {
     /// [`Error::Unsupported`] for experts.
     pub(super) fn backward(&self, x: &Tensor, gate_up: Option<&Tensor>, d: &Tensor) -> Result<Tensor> {
         let (Self::Gated(gated), Some(gate_up)) = (self, gate_up) else {
-            return Err(Error::Unsupported("mixtures of experts are served and not trained".to_owned()));
+            let message = "mixtures of experts, and weights laid out for serving, are not trained";
+            return Err(Error::Unsupported(message.to_owned()));
         };
         let d_act = gated.down.backward(&swiglu(gate_up)?, d)?;
         gated.gate_up.backward(x, &swiglu_backward(gate_up, &d_act)?)
@@ -136,8 +133,12 @@ impl Gated {
         Ok(Self { gate_up: Linear::dense(place.put(gate_up)?)?, down: Linear::dense(place.put(down)?)? })
     }
 
-    /// From gate and up, `[T, 2 * intermediate]`, to `[T, hidden]`.
-    fn finish(&self, gate_up: &Tensor) -> Result<Tensor> {
-        self.down.forward(&swiglu(gate_up)?)
+    /// As [`Mlp::forward`]. Weights that are laid out for serving may give nothing beside.
+    fn forward(&self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        if let Some(y) = gated(x, &self.gate_up, &self.down)? {
+            return Ok((y, None));
+        }
+        let gate_up = self.gate_up.forward(x)?;
+        Ok((self.down.forward(&swiglu(&gate_up)?)?, Some(gate_up)))
     }
 }

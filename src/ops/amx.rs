@@ -97,6 +97,15 @@ fn prefetch(start: *const u8, len: usize, ahead: usize) {
     }
 }
 
+/// Asks for the `len` bytes from `start` on, to be written.
+#[inline(always)]
+fn prefetch_to_write(start: *const u8, len: usize) {
+    for line in (0..len).step_by(64) {
+        // SAFETY: a hint; any address is allowed. The compiler's own function asks for reading only. Processors with the unit have it.
+        unsafe { asm!("prefetchw [{}]", in(reg) start.wrapping_add(line), options(nostack, preserves_flags)) };
+    }
+}
+
 /// Products of signed bytes, sixteen rows and columns.
 #[repr(C, align(64))]
 pub(super) struct Dots(pub(super) [[[u8; 64]; ROWS]; 2]);
@@ -139,6 +148,12 @@ impl Registers {
         let (a, b) = (left.numbers.as_ptr().cast::<u8>(), right.numbers.as_ptr().cast::<u8>());
         let row_bytes = 4 * COLUMNS;
         let sums = sums.as_mut_ptr().cast::<f32>();
+        if let (Some(out), true) = (&out, left.ahead > 0) {
+            // Where the next strip follows, its sums go to the rows below these.
+            for row in self.rows..2 * self.rows {
+                prefetch_to_write(out.start.wrapping_add(row * out.across).cast(), row_bytes);
+            }
+        }
         let (to, across) = out.map_or((sums, COLUMNS), |out| (out.start, out.across));
         // SAFETY: the registers are set up for operands of these sizes, which are checked above; the compiler uses none of them.
         unsafe {

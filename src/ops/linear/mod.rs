@@ -110,6 +110,18 @@ impl Linear {
     }
 }
 
+/// down(silu(gate(x)) * up(x)) at once, for `x` `[T, in]` f32, gate and up in one layer, `[2 * inter, in]`, and down `[out, inter]`, to
+/// `[T, out]`: the bits of one after the other. None where there is nothing better than that.
+///
+/// # Errors
+/// If a tensor operation fails.
+pub fn gated(x: &Tensor, gate_up: &Linear, down: &Linear) -> Result<Option<Tensor>> {
+    let (Linear::Dense(gate_up), Linear::Dense(down)) = (gate_up, down) else { return Ok(None) };
+    let (Some((both, k)), Some((columns, _))) = (gate_up.packed_dims(), down.packed_dims()) else { return Ok(None) };
+    let Some(gated) = packed::Gated::new(x.dim(0)?, k, both, columns) else { return Ok(None) };
+    Ok(Some(x.apply_op3_no_bwd(gate_up.value(), down.value(), &gated)?))
+}
+
 /// `x` `[T, in]` f32 and `weight` `[out, in]` to `[T, out]`.
 fn product(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
     let body = Body::best();

@@ -1,6 +1,7 @@
 //! Stands in for `pairs.rs` where the architecture has no such instruction: a type without values.
 
 use half::bf16;
+use std::ops::Range;
 
 use super::blocks::{Line, Multiply, Product, Sizes, Steps, VECTORS};
 use super::brain::{Left, Right};
@@ -19,6 +20,10 @@ impl Pairs {
     }
 
     pub(super) fn multiply<T>(self, _: Left<'_>, _: Sizes, _: impl FnOnce(&Product<'_, Self>) -> T) -> T {
+        match self {}
+    }
+
+    pub(super) fn lay_out(self, _: Left<'_>, _: Sizes, _: usize, _: Range<usize>, _: &mut [Pair]) {
         match self {}
     }
 

@@ -3,7 +3,7 @@
 //! Every sum has one order over k, so rows, threads and panels change no bit; another processor may. Where there is a matrix unit, panels
 //! are multiplied there, by `matrix`; otherwise here, every sum in one chain.
 
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Storage, Tensor};
 use half::bf16;
 
 use super::blocks::{HEIGHT, Sizes, VECTORS, WIDTH};
@@ -11,6 +11,7 @@ use super::brain::Left;
 use super::matrix::{Panels, Unit};
 use super::pairs::{Pair, Pairs};
 use crate::error::Result;
+use crate::ops::amx::ROWS;
 use crate::ops::lanes::LANES;
 use crate::ops::parallel;
 use crate::ops::storage::{Shared, slice, written, written_weight};
@@ -104,6 +105,54 @@ impl CustomOp2 for Product {
                 });
             })
         };
+        Ok((CpuStorage::F32(y), Shape::from((rows, self.columns))))
+    }
+}
+
+/// down(silu(gate(x)) * up(x)) in the matrix unit: `x` `[T, k]` f32 and the panels of gate and up and of down to `[T, columns]` f32.
+/// The same bits as one product after the other, without their results in memory.
+pub(super) struct Gated {
+    unit: Unit,
+    columns: usize,
+}
+
+impl Gated {
+    /// For gate and up of `both` columns each of `k` numbers, and down of `columns`. None where one after the other is as good or the only
+    /// way: without a matrix unit, where the gate does not fill its panels, and for few rows, where weights are the traffic.
+    pub(super) fn new(rows: usize, k: usize, both: usize, columns: usize) -> Option<Self> {
+        let fits = rows > ROWS && Unit::takes(k) && both.is_multiple_of(2 * WIDTH);
+        Unit::detect().filter(|_| fits).map(|unit| Self { unit, columns })
+    }
+}
+
+impl CustomOp3 for Gated {
+    fn name(&self) -> &'static str {
+        "gated linear in bf16"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        gate_up: &CpuStorage,
+        gate_up_layout: &Layout,
+        down: &CpuStorage,
+        down_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (rows, k) = x_layout.shape().dims2()?;
+        let (both, gate_k) = gate_up_layout.shape().dims2()?;
+        let (padded, half) = down_layout.shape().dims2()?;
+        if k != gate_k || both != 2 * half || padded != self.columns.next_multiple_of(WIDTH) {
+            candle_core::bail!(
+                "{}: the input has {k} features, the weights are {both} x {gate_k} and {padded} x {half}",
+                self.name()
+            );
+        }
+        let x: &[f32] = slice(self.name(), x, x_layout)?;
+        let gate_up: &[bf16] = slice(self.name(), gate_up, gate_up_layout)?;
+        let down: &[bf16] = slice(self.name(), down, down_layout)?;
+        let product = self.unit.product(Left::Rows(x), Sizes { rows, columns: both, k });
+        let y = product.gated(gate_up, self.columns).fresh(Panels::Stored(down));
         Ok((CpuStorage::F32(y), Shape::from((rows, self.columns))))
     }
 }

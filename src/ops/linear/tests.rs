@@ -4,6 +4,7 @@
 use super::*;
 use crate::ops::parallel::{set_threads, threads};
 use crate::ops::samples::{check_bits, check_close, floats, numbers, tensor};
+use crate::ops::swiglu::swiglu;
 
 const SIZES_IN: [usize; 8] = [1, 7, 16, 17, 64, 112, 768, 1031];
 const TYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
@@ -200,4 +201,32 @@ fn a_packed_weight_multiplies_rounded_activations_with_the_same_bits_in_every_ba
     for unfit in [tensor(11, (8, 6)), round(&tensor(11, (8, 5)))] {
         assert!(!Linear::dense(unfit).unwrap().pack().unwrap());
     }
+}
+
+#[test]
+fn a_gated_layer_at_once_has_the_bits_of_one_product_after_the_other() {
+    let layer = |seed, columns, k| {
+        let weight = (tensor(seed, (columns, k)) * 0.3).unwrap().to_dtype(DType::BF16).unwrap();
+        let mut layer = Linear::dense(weight).unwrap();
+        layer.pack().unwrap().then_some(layer)
+    };
+    // Down takes one part, several, and a last one that is shorter; its outputs fill their panels or not.
+    for (inter, k, columns) in [(64, 32, 75), (192, 64, 64), (448, 224, 75)] {
+        let (Some(gate_up), Some(down)) = (layer(1, 2 * inter, k), layer(2, columns, inter)) else { return };
+        for rows in [16, 17, 70, 300] {
+            let x = tensor(3, (rows, k));
+            let Some(y) = gated(&x, &gate_up, &down).unwrap() else {
+                assert!(rows <= 16 || matrix::Unit::detect().is_none());
+                continue;
+            };
+            let after = down.forward(&swiglu(&gate_up.forward(&x).unwrap()).unwrap()).unwrap();
+            check_bits(&format!("{rows} rows, {inter}"), &floats(&y), &floats(&after));
+            set_threads(1);
+            check_bits("one thread", &floats(&gated(&x, &gate_up, &down).unwrap().unwrap()), &floats(&y));
+            set_threads(0);
+        }
+    }
+    // Panels with gates and ups in one.
+    let (Some(gate_up), Some(down)) = (layer(1, 192, 32), layer(2, 8, 96)) else { return };
+    assert!(gated(&tensor(3, (70, 32)), &gate_up, &down).unwrap().is_none());
 }
