@@ -105,9 +105,14 @@ class Peer:
 QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
 
+def is_bf16(a, path):
+    """Whether we compute in bf16, too."""
+    return a.bf16 and path.endswith(".bf16.gguf")
+
+
 def our_rates(a, path):
     report = json.loads(run([a.eurus, "bench", "model", "--model", path, "--threads", str(a.threads), "--prefill", str(a.prefill), "--batches",
-                             a.batches, "--context", str(a.context), "--steps", str(a.steps), "--json"] + ["--bf16"] * (a.bf16 and path.endswith(".bf16.gguf"))))
+                             a.batches, "--context", str(a.context), "--steps", str(a.steps), "--json"] + ["--bf16"] * is_bf16(a, path)))
     return {"prompt": report["prefill_tokens_per_second"], **{row["batch"]: row["tokens_per_second"] for row in report["decode"]}}
 
 
@@ -229,6 +234,7 @@ def cache_flags(a, path):
 def start_ours(a, path):
     port = free_port()
     flags = ["--port", str(port), "--threads", str(a.threads), *cache_flags(a, path)]
+    flags += ["--compute-dtype", "bf16"] if is_bf16(a, path) else []
     return Server([a.eurus, "serve", "--model", path, "--reward-model", "none", *flags], port, "/health", OWN)
 
 

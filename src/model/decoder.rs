@@ -72,7 +72,7 @@ pub(super) struct Trace {
     /// `x` and what attention added.
     pub(super) y: Tensor,
     mlp_normed: Tensor,
-    /// None of experts, which have no gradients.
+    /// None where there are no gradients: of experts, and of weights laid out for serving.
     gate_up: Option<Tensor>,
 }
 

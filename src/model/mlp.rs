@@ -7,7 +7,7 @@ use super::config::tensors::{GatedNames, ROUTER};
 use super::weights::Weights;
 use crate::error::{Error, Result};
 use crate::ops::experts::route;
-use crate::ops::linear::{Linear, gated};
+use crate::ops::linear::{self, Linear};
 use crate::ops::parameter::Parameter;
 use crate::ops::place::Place;
 use crate::ops::swiglu::{swiglu, swiglu_backward};
@@ -67,7 +67,7 @@ impl Mlp {
     /// The gradient of `x` from that of the result, `d`, `[T, hidden]` both, and what [`Mlp::forward`] gave beside it.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for experts.
+    /// [`Error::Unsupported`] for experts and for weights laid out for serving.
     pub(super) fn backward(&self, x: &Tensor, gate_up: Option<&Tensor>, d: &Tensor) -> Result<Tensor> {
         let (Self::Gated(gated), Some(gate_up)) = (self, gate_up) else {
             let message = "mixtures of experts, and weights laid out for serving, are not trained";
@@ -135,7 +135,7 @@ impl Gated {
 
     /// As [`Mlp::forward`]. Weights that are laid out for serving may give nothing beside.
     fn forward(&self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        if let Some(y) = gated(x, &self.gate_up, &self.down)? {
+        if let Some(y) = linear::gated(x, &self.gate_up, &self.down)? {
             return Ok((y, None));
         }
         let gate_up = self.gate_up.forward(x)?;

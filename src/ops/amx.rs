@@ -23,21 +23,13 @@ const STEP_BYTES: usize = PAIRS * COLUMNS * 4;
 #[derive(Clone, Copy)]
 pub(super) struct Amx(());
 
-/// How the sums of a product begin.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Begin {
-    /// With zeros.
-    Zeros,
-    /// With what was there.
-    Sums,
-}
-
-/// An operand as the unit reads it, in order.
-#[derive(Clone, Copy)]
-pub(super) struct Operand<'a, N> {
-    pub(super) numbers: &'a [N],
-    /// How many bytes ahead of use it is asked for; not at all where 0.
+/// What else a product asks the caches for.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Hints {
+    /// How many bytes ahead of use the panel; not at all where 0.
     pub(super) ahead: usize,
+    /// The places of as many rows below those of the result, which come next.
+    pub(super) more_rows: bool,
 }
 
 impl Amx {
@@ -101,8 +93,9 @@ fn prefetch(start: *const u8, len: usize, ahead: usize) {
 #[inline(always)]
 fn prefetch_to_write(start: *const u8, len: usize) {
     for line in (0..len).step_by(64) {
-        // SAFETY: a hint; any address is allowed. The compiler's own function asks for reading only. Processors with the unit have it.
-        unsafe { asm!("prefetchw [{}]", in(reg) start.wrapping_add(line), options(nostack, preserves_flags)) };
+        // SAFETY: a hint; any address is allowed, and processors with the unit have it. The compiler's own function asks for reading where
+        // this instruction is no feature of the whole program.
+        unsafe { asm!("prefetchw [{}]", in(reg) start.addr() + line, options(nomem, nostack, preserves_flags)) };
     }
 }
 
@@ -126,58 +119,46 @@ impl Drop for Registers {
 }
 
 impl Registers {
-    /// The product of `left` `[pairs / 16, rows, 16]` and `right` `[pairs, 64]`, both pairs of bf16, whose number is a multiple of sixteen,
-    /// and, as `begin` says, `sums` `[rows, 64]`; goes to `out`, or else to `sums`.
+    /// The product of one strip of rows, or two whole ones, `left` `[strips][pairs / 16, rows, 16]`, and the panel `right` `[pairs, 64]`, both pairs of
+    /// bf16, whose number is a multiple of sixteen, to `out`, which has the rows of the strips.
     ///
     /// A sum over k is, for every 32 numbers in order: the products of the even ones in one chain of fused multiply-adds from zero, those
     /// of the odd ones in another, the two added, the result added to the sum; subnormal numbers count as zeros (Intel's Software
     /// Developer's Manual, TDPBF16PS).
-    pub(super) fn multiply_bf16<P>(
-        &self,
-        begin: Begin,
-        left: Operand<'_, u32>,
-        right: Operand<'_, P>,
-        sums: &mut [[f32; COLUMNS]],
-        out: Option<Target<'_>>,
-    ) {
-        let (steps, left_bytes) = (size_of_val(right.numbers) / STEP_BYTES, self.rows * PAIRS * 4);
-        assert!(size_of_val(right.numbers) == steps * STEP_BYTES && size_of_val(left.numbers) == steps * left_bytes);
-        assert!(
-            sums.len() == self.rows && out.as_ref().is_none_or(|out| out.rows == self.rows && out.width == COLUMNS)
-        );
-        let (a, b) = (left.numbers.as_ptr().cast::<u8>(), right.numbers.as_ptr().cast::<u8>());
-        let row_bytes = 4 * COLUMNS;
-        let sums = sums.as_mut_ptr().cast::<f32>();
-        if let (Some(out), true) = (&out, left.ahead > 0) {
-            // Where the next strip follows, its sums go to the rows below these.
-            for row in self.rows..2 * self.rows {
-                prefetch_to_write(out.start.wrapping_add(row * out.across).cast(), row_bytes);
+    pub(super) fn multiply_bf16<P>(&self, left: &[u32], right: &[P], out: &Target<'_>, hints: Hints) {
+        let (steps, strips) = (size_of_val(right) / STEP_BYTES, out.rows / self.rows);
+        assert!(strips == 1 || strips == 2 && self.rows == ROWS);
+        assert!(size_of_val(right) == steps * STEP_BYTES && left.len() == strips * steps * self.rows * PAIRS);
+        assert!(out.width == COLUMNS && out.rows == strips * self.rows);
+        if hints.more_rows {
+            for row in out.rows..2 * out.rows {
+                prefetch_to_write(out.start.wrapping_add(row * out.across).cast(), 4 * COLUMNS);
             }
         }
-        let (to, across) = out.map_or((sums, COLUMNS), |out| (out.start, out.across));
-        // SAFETY: the registers are set up for operands of these sizes, which are checked above; the compiler uses none of them.
+        let (a, b) = (left.as_ptr().cast(), right.as_ptr().cast());
+        // SAFETY: the operands have these sizes, which are checked above, and the target is to be written.
         unsafe {
-            match begin {
-                Begin::Zeros => asm!(
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
-                    options(nomem, nostack, preserves_flags)
-                ),
-                Begin::Sums => asm!(
-                    "tileloadd tmm0, [{sums} + {row}]",
-                    "tileloadd tmm1, [{sums} + {row} + 64]",
-                    "tileloadd tmm2, [{sums} + {row} + 128]",
-                    "tileloadd tmm3, [{sums} + {row} + 192]",
-                    sums = in(reg) sums, row = in(reg) row_bytes,
-                    options(readonly, nostack, preserves_flags)
-                ),
+            if strips == 1 {
+                return self.one_strip(a, b, steps, out, hints.ahead);
             }
+            for columns in [0, COLUMNS / 2] {
+                self.two_strips(a, b.add(4 * columns), steps, out.start.add(columns), out.across);
+            }
+        }
+    }
+
+    /// One strip over the columns of a panel.
+    ///
+    /// # Safety
+    /// `a` points to `steps` steps of a strip and `b` to as many of a panel, `out` is to be written.
+    #[inline(always)]
+    unsafe fn one_strip(&self, a: *const u8, b: *const u8, steps: usize, out: &Target<'_>, ahead: usize) {
+        // SAFETY: only what the caller promises is read and written; the compiler uses none of the registers.
+        unsafe {
+            zero();
             for step in 0..steps {
-                let (a, b) = (a.add(step * left_bytes), b.add(step * STEP_BYTES));
-                prefetch(a, left_bytes, left.ahead);
-                prefetch(b, STEP_BYTES, right.ahead);
+                let (a, b) = (a.add(step * self.rows * PAIRS * 4), b.add(step * STEP_BYTES));
+                prefetch(b, STEP_BYTES, ahead);
                 asm!(
                     "tileloadd tmm4, [{a} + {line}]",
                     "tileloadd tmm5, [{b} + {row}]",
@@ -188,7 +169,7 @@ impl Registers {
                     "tdpbf16ps tmm2, tmm4, tmm7",
                     "tileloadd tmm5, [{b} + {row} + 192]",
                     "tdpbf16ps tmm3, tmm4, tmm5",
-                    a = in(reg) a, line = in(reg) 4 * PAIRS, b = in(reg) b, row = in(reg) row_bytes,
+                    a = in(reg) a, line = in(reg) 4 * PAIRS, b = in(reg) b, row = in(reg) 4 * COLUMNS,
                     options(readonly, nostack, preserves_flags)
                 );
             }
@@ -197,7 +178,46 @@ impl Registers {
                 "tilestored [{to} + {across} + 64], tmm1",
                 "tilestored [{to} + {across} + 128], tmm2",
                 "tilestored [{to} + {across} + 192], tmm3",
-                to = in(reg) to, across = in(reg) 4 * across,
+                to = in(reg) out.start, across = in(reg) 4 * out.across,
+                options(nostack, preserves_flags)
+            );
+        }
+    }
+
+    /// Two strips over half of the columns of a panel: four loads for four products, where one strip takes five.
+    ///
+    /// # Safety
+    /// Strips have sixteen rows. `a` points to `steps` steps of one strip and then of another, `b` to the first column in as many steps of a panel, `to` to places
+    /// to be written, in rows that lie `across` apart.
+    #[inline(always)]
+    unsafe fn two_strips(&self, a: *const u8, b: *const u8, steps: usize, to: *mut f32, across: usize) {
+        let step_bytes = ROWS * PAIRS * 4;
+        // SAFETY: only what the caller promises is read and written; the compiler uses none of the registers.
+        unsafe {
+            zero();
+            for step in 0..steps {
+                let (first, second, b) =
+                    (a.add(step * step_bytes), a.add((steps + step) * step_bytes), b.add(step * STEP_BYTES));
+                asm!(
+                    "tileloadd tmm4, [{first} + {line}]",
+                    "tileloadd tmm6, [{b} + {row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b} + {row} + 64]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{second} + {line}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    first = in(reg) first, second = in(reg) second, line = in(reg) 4 * PAIRS,
+                    b = in(reg) b, row = in(reg) 4 * COLUMNS,
+                    options(readonly, nostack, preserves_flags)
+                );
+            }
+            asm!(
+                "tilestored [{to} + {across}], tmm0",
+                "tilestored [{to} + {across} + 64], tmm1",
+                "tilestored [{below} + {across}], tmm2",
+                "tilestored [{below} + {across} + 64], tmm3",
+                to = in(reg) to, below = in(reg) to.add(ROWS * across), across = in(reg) 4 * across,
                 options(nostack, preserves_flags)
             );
         }
@@ -230,6 +250,24 @@ impl Registers {
     }
 }
 
+/// Clears the registers of sums.
+///
+/// # Safety
+/// The registers are set up.
+#[inline(always)]
+unsafe fn zero() {
+    // SAFETY: the compiler uses none of them.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            options(nomem, nostack, preserves_flags)
+        );
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -240,9 +278,9 @@ mod tests {
     use half::bf16;
 
     /// The order that `multiply_bf16` promises, number by number.
-    fn chains(sum: f32, a: &[bf16], b: impl Fn(usize) -> bf16) -> f32 {
+    fn chains(a: &[bf16], b: impl Fn(usize) -> bf16) -> f32 {
         let product = |chain: f32, i: usize| a[i].to_f32().mul_add(b(i).to_f32(), chain);
-        (0..a.len()).step_by(2 * PAIRS).fold(sum, |sum, first| {
+        (0..a.len()).step_by(2 * PAIRS).fold(0.0, |sum, first| {
             let [even, odd] = [0, 1].map(|odd| (first + odd..first + 2 * PAIRS).step_by(2).fold(0.0, product));
             sum + (even + odd)
         })
@@ -262,31 +300,26 @@ mod tests {
                 .flat_map(|step| (0..rows).flat_map(move |row| (0..PAIRS).map(move |i| (row, step * PAIRS + i))))
                 .map(|(row, i)| pair(row, i))
                 .collect();
-            let begins = numbers(3, rows * COLUMNS);
-            for (begin, ahead) in [(Begin::Zeros, 0), (Begin::Sums, 4096)] {
-                let (left, right) = (Operand { numbers: &left, ahead: 0 }, Operand { numbers: &b, ahead });
-                let mut sums: Vec<[f32; COLUMNS]> = begins.as_chunks().0.to_vec();
-                let registers = amx.registers(rows, 64);
-                registers.multiply_bf16(begin, left, right, &mut sums, None);
-                // The same into rows of a wider matrix.
-                let (mut wide, mut rest) = (vec![7.0; rows * 100], begins.as_chunks().0.to_vec());
+            // One strip, and with it the same rows in reverse order as a second one.
+            let turned = left.chunks(rows * PAIRS).flat_map(|step| step.chunks(PAIRS).rev().flatten().copied());
+            let both: Vec<u32> = left.iter().copied().chain(turned).collect();
+            let expected = |row: usize| -> Vec<f32> {
+                let sum = |column: usize| chains(&a[row * k..][..k], |i| b[i / 2 * 2 * COLUMNS + 2 * column + i % 2]);
+                (0..COLUMNS).map(sum).collect()
+            };
+            for (left, ahead) in [(&left, 4096), (&both, 0)].into_iter().take(if rows == ROWS { 2 } else { 1 }) {
+                // Into rows of a wider matrix.
+                let count = left.len() / (k / 2);
+                let mut wide = vec![7.0; count * 100];
                 let shared = Shared::new(&mut wide);
                 // SAFETY: nobody else has the matrix.
-                let out = unsafe { shared.target(30, 100, rows, COLUMNS) };
-                registers.multiply_bf16(begin, left, right, &mut rest, Some(out));
-                for (row, sums) in wide.chunks(100).zip(&sums) {
-                    check_bits("elsewhere", &row[30..30 + COLUMNS], sums);
-                    assert!(row[..30].iter().chain(&row[30 + COLUMNS..]).all(|x| *x == 7.0));
+                let out = unsafe { shared.target(30, 100, count, COLUMNS) };
+                amx.registers(rows, 64).multiply_bf16(left, &b, &out, Hints { ahead, more_rows: true });
+                for (index, got) in wide.chunks(100).enumerate() {
+                    let row = if index < rows { index } else { 2 * rows - 1 - index };
+                    check_bits(&format!("row {index} of {count}, {k}"), &got[30..30 + COLUMNS], &expected(row));
+                    assert!(got[..30].iter().chain(&got[30 + COLUMNS..]).all(|x| *x == 7.0));
                 }
-                let expected: Vec<f32> = (0..rows * COLUMNS)
-                    .map(|i| {
-                        let (row, column) = (i / COLUMNS, i % COLUMNS);
-                        let begin = if begin == Begin::Zeros { 0.0 } else { begins[i] };
-                        let at = |i: usize| b[i / 2 * 2 * COLUMNS + 2 * column + i % 2];
-                        chains(begin, &a[row * k..][..k], at)
-                    })
-                    .collect();
-                check_bits(&format!("{rows} rows of {k}"), sums.as_flattened(), &expected);
             }
         }
     }

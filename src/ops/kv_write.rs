@@ -1,6 +1,7 @@
 //! Writes the keys or values of new tokens into their slots of the block cache.
 
-use super::storage::{range, slice};
+use super::parallel;
+use super::storage::{Shared, range, slice};
 use crate::error::Result;
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 use half::slice::HalfFloatSliceExt;
@@ -11,6 +12,9 @@ use half::slice::HalfFloatSliceExt;
 pub fn kv_write(cache: &Tensor, src: &Tensor, slots: &[u32]) -> Result<()> {
     Ok(cache.inplace_op2(src, &KvWrite { slots })?)
 }
+
+/// From this many rows on other threads take part: waking them takes as long as the copy of a few.
+const ROWS_MIN: usize = 64;
 
 struct KvWrite<'a> {
     slots: &'a [u32],
@@ -42,29 +46,46 @@ impl InplaceOp2 for KvWrite<'_> {
         }
         let src: &[f32] = slice("kv_write", src, src_layout)?;
         let (start, end) = range("kv_write", cache_layout)?;
-        let places = src.chunks_exact((kv_heads * head_dim).max(1)).zip(self.slots).flat_map(|(row, &slot)| {
-            let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
-            row.chunks_exact(head_dim).enumerate().map(move |(head, values)| {
-                let at = ((block * kv_heads + head) * block_size + offset) * head_dim;
-                (at..at + head_dim, values)
-            })
-        });
+        let rows = Rows { src, slots: self.slots, kv_heads, block_size, head_dim };
         match cache {
-            CpuStorage::F32(cache) => {
-                let cache = &mut cache[start..end];
-                places.for_each(|(at, values)| cache[at].copy_from_slice(values));
-            }
-            CpuStorage::BF16(cache) => {
-                let cache = &mut cache[start..end];
-                places.for_each(|(at, values)| cache[at].convert_from_f32_slice(values));
-            }
-            CpuStorage::F16(cache) => {
-                let cache = &mut cache[start..end];
-                places.for_each(|(at, values)| cache[at].convert_from_f32_slice(values));
-            }
+            CpuStorage::F32(cache) => rows.write(&mut cache[start..end], <[f32]>::copy_from_slice),
+            CpuStorage::BF16(cache) => rows.write(&mut cache[start..end], HalfFloatSliceExt::convert_from_f32_slice),
+            CpuStorage::F16(cache) => rows.write(&mut cache[start..end], HalfFloatSliceExt::convert_from_f32_slice),
             _ => candle_core::bail!("kv_write: the cache must be f32, bf16 or f16"),
         }
         Ok(())
+    }
+}
+
+/// Rows to be written, checked.
+struct Rows<'a> {
+    /// `[T, kv_heads, head_dim]`
+    src: &'a [f32],
+    slots: &'a [u32],
+    kv_heads: usize,
+    block_size: usize,
+    head_dim: usize,
+}
+
+impl Rows<'_> {
+    /// Writes every head of every row by `put`; threads take different heads.
+    fn write<T: Send>(&self, cache: &mut [T], put: impl Fn(&mut [T], &[f32]) + Sync) {
+        let Self { src, slots, kv_heads, block_size, head_dim } = *self;
+        let cache = &Shared::new(cache);
+        let write = |head: usize| {
+            for (row, &slot) in slots.iter().enumerate() {
+                let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
+                let at = ((block * kv_heads + head) * block_size + offset) * head_dim;
+                // SAFETY: no other head has this place, and those of one head are written one after the other.
+                #[allow(unsafe_code)]
+                let to = unsafe { cache.part(at, head_dim) };
+                put(to, &src[(row * kv_heads + head) * head_dim..][..head_dim]);
+            }
+        };
+        if slots.len() < ROWS_MIN {
+            return (0..kv_heads).for_each(write);
+        }
+        parallel::for_each(kv_heads, write);
     }
 }
 
@@ -77,20 +98,24 @@ mod tests {
 
     #[test]
     fn rows_land_in_their_slots_and_nowhere_else() {
-        let (blocks, kv_heads, block_size, head_dim) = (5, 2, 4, 3);
-        let cache = tensor(1, (blocks, kv_heads, block_size, head_dim));
-        let src = tensor(2, (3, kv_heads, head_dim));
-        let slots = [19u32, 0, 6];
-        let (mut expected, rows) = (floats(&cache), floats(&src));
-        for (row, &slot) in slots.iter().enumerate() {
-            for head in 0..kv_heads {
-                let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
-                let at = ((block * kv_heads + head) * block_size + offset) * head_dim;
-                expected[at..at + head_dim].copy_from_slice(&rows[(row * kv_heads + head) * head_dim..][..head_dim]);
+        let (blocks, kv_heads, block_size, head_dim) = (50, 2, 4, 3);
+        // Few rows, and as many as several threads write.
+        let scattered: Vec<u32> = (0..150).map(|i| i * 7 % 200).collect();
+        for slots in [&[19, 0, 6][..], &scattered] {
+            let cache = tensor(1, (blocks, kv_heads, block_size, head_dim));
+            let src = tensor(2, (slots.len(), kv_heads, head_dim));
+            let (mut expected, rows) = (floats(&cache), floats(&src));
+            for (row, &slot) in slots.iter().enumerate() {
+                for head in 0..kv_heads {
+                    let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
+                    let at = ((block * kv_heads + head) * block_size + offset) * head_dim;
+                    expected[at..at + head_dim]
+                        .copy_from_slice(&rows[(row * kv_heads + head) * head_dim..][..head_dim]);
+                }
             }
+            kv_write(&cache, &src, slots).unwrap();
+            check_bits("cache", &floats(&cache), &expected);
         }
-        kv_write(&cache, &src, &slots).unwrap();
-        check_bits("cache", &floats(&cache), &expected);
     }
 
     #[test]

@@ -12,18 +12,11 @@ pub(super) const PAIRS: usize = 16;
 pub(super) enum Amx {}
 
 /// See `amx.rs`.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Begin {
-    Zeros,
-    Sums,
-}
-
-/// See `amx.rs`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 #[allow(dead_code)]
-pub(super) struct Operand<'a, N> {
-    pub(super) numbers: &'a [N],
+pub(super) struct Hints {
     pub(super) ahead: usize,
+    pub(super) more_rows: bool,
 }
 
 /// See `amx.rs`.
@@ -43,14 +36,7 @@ impl Amx {
 }
 
 impl Registers {
-    pub(super) fn multiply_bf16<P>(
-        &self,
-        _: Begin,
-        _: Operand<'_, u32>,
-        _: Operand<'_, P>,
-        _: &mut [[f32; 64]],
-        _: Option<Target<'_>>,
-    ) {
+    pub(super) fn multiply_bf16<P>(&self, _: &[u32], _: &[P], _: &Target<'_>, _: Hints) {
         match *self {}
     }
 

@@ -1,6 +1,7 @@
 //! Numbers for the tests of the operations, and comparisons that say where they fail.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use super::parallel::set_threads;
 use candle_core::{DType, Device, Shape, Tensor};
 
 /// `count` numbers in [-1, 1), the same for the same seed.
@@ -25,6 +26,14 @@ pub(super) fn tensor(seed: u64, shape: impl Into<Shape>) -> Tensor {
 /// All elements as f32.
 pub(super) fn floats(tensor: &Tensor) -> Vec<f32> {
     tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// What `run` gives with `threads` threads. Then there are as many as processors again, whatever tests beside it did.
+pub(super) fn with_threads<T>(threads: usize, run: impl FnOnce() -> T) -> T {
+    set_threads(threads);
+    let out = run();
+    set_threads(std::thread::available_parallelism().map_or(1, usize::from));
+    out
 }
 
 /// Every element has the same bits.

@@ -23,7 +23,7 @@ pub fn swiglu_backward(gate_up: &Tensor, dy: &Tensor) -> Result<Tensor> {
 }
 
 /// silu(gate) * up, number by number, to `out`.
-pub(super) fn numbers(gate: &[f32], up: &[f32], out: &mut [f32]) {
+pub(super) fn products(gate: &[f32], up: &[f32], out: &mut [f32]) {
     Body::best().run(Row { gate, up, out });
 }
 

@@ -74,6 +74,7 @@ pub(super) fn load(
             set_arithmetic(&mut model, compute_dtype, &name)?;
         }
         let cache = KvCache::of(&model, plan.cache_dtype(), plan.block_count, plan.block_size)?;
+        memory::give_back();
         memory::keep_freed();
         Ok(Runner::new(model, cache))
     })?;

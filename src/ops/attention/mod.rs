@@ -6,7 +6,7 @@ use super::parallel;
 use super::storage::{Shared, Weights, slice, written};
 use crate::error::Result;
 use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Storage, Tensor};
-use rows::{Heads, Rows, Span};
+use rows::{Heads, Rows, Span, State};
 use std::ops::Range;
 
 #[cfg(feature = "cuda")]
@@ -343,7 +343,7 @@ struct Piece {
     position: usize,
 }
 
-/// All rows of all chunks; `fetch(chunk, kv_head, positions, span)` pushes the keys and values of those positions in order.
+/// All rows of all chunks, which cover `q`; `fetch(chunk, kv_head, positions, span)` pushes the keys and values of those positions in order.
 fn attend<'a, E: Element>(
     body: Body,
     shape: &Heads,
@@ -351,9 +351,8 @@ fn attend<'a, E: Element>(
     chunks: &[Chunk],
     fetch: impl Fn(usize, usize, Range<usize>, &mut Span<'a, E>) + Sync,
 ) -> Vec<f32> {
-    let mut out = vec![0.0; q.len()];
     if q.is_empty() {
-        return out;
+        return Vec::new();
     }
     let tokens = (QUERIES / (shape.heads / shape.kv_heads)).max(1);
     let mut pieces = Vec::new();
@@ -365,22 +364,27 @@ fn attend<'a, E: Element>(
     }
     // The longest first, so that no thread starts one when the others are done.
     pieces.sort_by_key(|piece| std::cmp::Reverse(piece.position + piece.rows.len()));
-    let shared = &Shared::new(&mut out);
-    parallel::for_each(pieces.len() * shape.kv_heads, |index| {
-        let (piece, kv_head) = (&pieces[index / shape.kv_heads], index % shape.kv_heads);
-        let rows = Rows {
-            body,
-            shape,
-            q,
-            out: shared,
-            rows: piece.rows.clone(),
-            position: piece.position,
-            kv_head,
-            fetch: &|positions, span| fetch(piece.chunk, kv_head, positions, span),
-        };
-        rows.compute();
-    });
-    out
+    // SAFETY: the chunks cover all rows, and all key heads of a row are everything.
+    #[allow(unsafe_code)]
+    unsafe {
+        written(q.len(), |out| {
+            let state = || State::new(shape.head_dim);
+            parallel::for_each_init(pieces.len() * shape.kv_heads, state, |state, index| {
+                let (piece, kv_head) = (&pieces[index / shape.kv_heads], index % shape.kv_heads);
+                let rows = Rows {
+                    body,
+                    shape,
+                    q,
+                    out,
+                    rows: piece.rows.clone(),
+                    position: piece.position,
+                    kv_head,
+                    fetch: &|positions, span| fetch(piece.chunk, kv_head, positions, span),
+                };
+                rows.compute(state);
+            });
+        })
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The arithmetic of attention rows: online softmax over tiles that start at absolute multiples of a constant.
 //! A row's sums run over positions in order, so neither its neighbours nor the cut of its sequence can change a bit.
 
-use crate::ops::lanes::{Body, Element, Isa, Kernel, LANES, add_products, widen_part};
+use crate::ops::lanes::{Body, Element, Isa, Kernel, LANES, add_products, store_part, widen_part};
 use crate::ops::storage::Shared;
 use std::ops::Range;
 
@@ -63,8 +63,8 @@ pub(super) struct Rows<'a, 'kv, E> {
 
 impl<E: Element> Rows<'_, '_, E> {
     /// Computes the rows and writes them.
-    pub(super) fn compute(&self) {
-        let mut state = self.start();
+    pub(super) fn compute(&self, state: &mut State) {
+        self.begin(state);
         let mut span = Span { keys: [&[]; TILE], values: [&[]; TILE], end: 0 };
         let positions = self.shape.seen(self.position).start..self.position + self.rows.len();
         for tile in positions.start / TILE..positions.end.div_ceil(TILE) {
@@ -75,63 +75,47 @@ impl<E: Element> Rows<'_, '_, E> {
             let range = fetched.start - first..fetched.end - first;
             let head_dim = self.shape.head_dim;
             self.body.run(Turn { keys: &span.keys, range, head_dim, turned: &mut state.turned });
-            for start in (0..state.max.len()).step_by(FEW) {
-                let group = start..state.max.len().min(start + FEW);
+            for start in (0..state.queries.len()).step_by(FEW) {
+                let group = start..state.queries.len().min(start + FEW);
                 if self.body.is_wide() {
-                    self.attend::<4>(&mut state, group, &span.values, first);
+                    self.attend::<4>(state, group, &span.values, first);
                 } else {
-                    self.attend::<1>(&mut state, group, &span.values, first);
+                    self.attend::<1>(state, group, &span.values, first);
                 }
             }
         }
-        for query in 0..state.max.len() {
+        for (query, sums) in state.queries.iter().zip(state.sums.chunks_exact(state.width)) {
             // SAFETY: a row and key head belong to one piece of work each, so no other thread has these elements.
             #[allow(unsafe_code)]
-            let out = unsafe { self.out.part(self.offset(query), self.shape.head_dim) };
-            let inverse = 1.0 / self.body.run(Total(&state.weights[query]));
-            let sums = &state.sums[query * state.width..];
-            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * inverse);
+            let out = unsafe { self.out.cleared(query.start, self.shape.head_dim) };
+            self.body.run(Divide { sums, weights: &query.weights, out });
         }
     }
 
-    /// Query heads that share the key head.
-    fn share(&self) -> usize {
-        self.shape.heads / self.shape.kv_heads
-    }
-
-    /// Where a query of this piece starts in `q` and `out`.
-    fn offset(&self, query: usize) -> usize {
-        let (row, head) = (self.rows.start + query / self.share(), self.kv_head * self.share() + query % self.share());
-        (row * self.shape.heads + head) * self.shape.head_dim
-    }
-
-    fn start(&self) -> State {
-        let (head_dim, count) = (self.shape.head_dim, self.rows.len() * self.share());
-        let width = head_dim.next_multiple_of(LANES);
-        let mut queries = vec![0.0; count * head_dim];
-        for (index, group) in queries.chunks_mut(FEW * head_dim).enumerate() {
-            let size = group.len() / head_dim;
-            for i in 0..size {
-                let q = &self.q[self.offset(index * FEW + i)..][..head_dim];
-                group.iter_mut().skip(i).step_by(size).zip(q).for_each(|(out, q)| *out = *q);
-            }
-        }
-        State {
-            width,
-            sums: vec![0.0; count * width],
-            weights: vec![[0.0; LANES]; count],
-            max: vec![f32::NEG_INFINITY; count],
-            scores: vec![[0.0; TILE]; count],
-            turned: vec![[0.0; TILE]; width],
-            queries,
-        }
+    /// Makes `state` that of these rows at their start. Scores and keys of other pieces stay: what is read of them is written before.
+    fn begin(&self, state: &mut State) {
+        let share = self.shape.heads / self.shape.kv_heads;
+        let queries = self.rows.clone().enumerate().flat_map(|(index, row)| {
+            (0..share).map(move |head| Query {
+                start: (row * self.shape.heads + self.kv_head * share + head) * self.shape.head_dim,
+                position: self.position + index,
+                max: f32::NEG_INFINITY,
+                weights: [0.0; LANES],
+            })
+        });
+        state.queries.clear();
+        state.queries.extend(queries);
+        let count = state.queries.len();
+        state.sums.clear();
+        state.sums.resize(count * state.width, 0.0);
+        state.scores.resize(count, [0.0; TILE]);
     }
 
     /// A few queries over the tile that starts at position `first`; C vectors at a time.
     fn attend<const C: usize>(&self, state: &mut State, group: Range<usize>, values: &[&[E]; TILE], first: usize) {
         let mut seen = [const { 0..0 }; FEW];
-        for (seen, query) in seen.iter_mut().zip(group.clone()) {
-            let all = self.shape.seen(self.position + query / self.share());
+        for (seen, query) in seen.iter_mut().zip(&state.queries[group.clone()]) {
+            let all = self.shape.seen(query.position);
             *seen = all.start.max(first) - first..all.end.clamp(first, first + TILE) - first;
         }
         let seen = &seen[..group.len()];
@@ -149,8 +133,7 @@ impl<E: Element> Rows<'_, '_, E> {
         self.body.run(Weigh {
             scores: &mut state.scores[group.clone()],
             seen,
-            max: &mut state.max[group.clone()],
-            weights: &mut state.weights[group.clone()],
+            queries: &mut state.queries[group.clone()],
             sums: &mut state.sums[group.start * state.width..],
             width: state.width,
         });
@@ -179,8 +162,7 @@ impl<E: Element> Rows<'_, '_, E> {
     }
 
     fn score<const R: usize, const C: usize>(&self, state: &mut State, first: usize) {
-        let head_dim = self.shape.head_dim;
-        let queries = state.queries[first * head_dim..][..R * head_dim].as_chunks().0;
+        let queries = std::array::from_fn(|r| &self.q[state.queries[first + r].start..][..self.shape.head_dim]);
         if let Some(scores) = state.scores[first..].first_chunk_mut() {
             self.body.run(Score::<R, C> { queries, keys: &state.turned, scores, scale: self.shape.scale });
         }
@@ -200,22 +182,38 @@ impl<E: Element> Rows<'_, '_, E> {
     }
 }
 
-/// What the queries of a piece keep from tile to tile.
-struct State {
+/// What the queries of a piece keep from tile to tile; a thread has one for all its pieces.
+pub(super) struct State {
     /// head_dim rounded up to lanes.
     width: usize,
+    queries: Vec<Query>,
     /// `[queries, width]`: sums of e^(score - max) * value.
     sums: Vec<f32>,
-    /// `[queries]`: sixteen partial sums of e^(score - max).
-    weights: Vec<[f32; LANES]>,
-    /// `[queries]`: the largest score so far.
-    max: Vec<f32>,
     /// `[queries, TILE]`: scores of the current tile, then e^(score - max).
     scores: Vec<[f32; TILE]>,
     /// `[width, TILE]`: keys of the current tile, turned.
     turned: Vec<[f32; TILE]>,
-    /// The queries as the kernel reads them: for every few of them, `[head_dim, few]`.
-    queries: Vec<f32>,
+}
+
+/// One head of one row.
+struct Query {
+    /// Where it starts in `q`, and its result in `out`.
+    start: usize,
+    /// Of its row in the sequence.
+    position: usize,
+    /// The largest score so far.
+    max: f32,
+    /// Sixteen partial sums of e^(score - max).
+    weights: [f32; LANES],
+}
+
+impl State {
+    /// For heads of `head_dim` numbers.
+    pub(super) fn new(head_dim: usize) -> Self {
+        let width = head_dim.next_multiple_of(LANES);
+        let turned = vec![[0.0; TILE]; width];
+        Self { width, queries: Vec::new(), sums: Vec::new(), scores: Vec::new(), turned }
+    }
 }
 
 /// `turned[d][j]` = `keys[j][d]` for the positions j in `range`; rounded outwards to whole vectors, filled with zeros.
@@ -247,9 +245,9 @@ impl<E: Element> Kernel for Turn<'_, E> {
     }
 }
 
-/// `scores[r][j]` = scale * sum over d of `queries[d][r]` * `keys[d][j]`, each sum one chain in order of d.
+/// `scores[r][j]` = scale * sum over d of `queries[r][d]` * `keys[d][j]`, each sum one chain in order of d.
 struct Score<'a, const R: usize, const C: usize> {
-    queries: &'a [[f32; R]],
+    queries: [&'a [f32]; R],
     keys: &'a [[f32; TILE]],
     scores: &'a mut [[f32; TILE]; R],
     scale: f32,
@@ -260,15 +258,17 @@ impl<const R: usize, const C: usize> Kernel for Score<'_, R, C> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
+        let len = self.queries[0].len();
+        let queries = self.queries.map(|query| &query[..len]);
         for c in (0..TILE / LANES).step_by(C) {
             let mut sums = [[isa.splat(0.0); C]; R];
-            for (query, key) in self.queries.iter().zip(self.keys) {
+            for (d, key) in self.keys[..len].iter().enumerate() {
                 let mut keys = [isa.splat(0.0); C];
                 for (to, key) in keys.iter_mut().zip(&key.as_chunks().0[c..]) {
                     *to = isa.load(key);
                 }
-                for (query, sums) in query.iter().zip(&mut sums) {
-                    add_products(isa, isa.broadcast(*query), &keys, sums);
+                for (query, sums) in queries.iter().zip(&mut sums) {
+                    add_products(isa, isa.broadcast(query[d]), &keys, sums);
                 }
             }
             for (sums, scores) in sums.iter().zip(&mut *self.scores) {
@@ -284,8 +284,7 @@ impl<const R: usize, const C: usize> Kernel for Score<'_, R, C> {
 struct Weigh<'a> {
     scores: &'a mut [[f32; TILE]],
     seen: &'a [Range<usize>],
-    max: &'a mut [f32],
-    weights: &'a mut [[f32; LANES]],
+    queries: &'a mut [Query],
     /// `[queries, width]`
     sums: &'a mut [f32],
     width: usize,
@@ -296,7 +295,7 @@ impl Kernel for Weigh<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        for (i, seen) in self.seen.iter().enumerate() {
+        for (i, (seen, query)) in self.seen.iter().zip(self.queries).enumerate() {
             if seen.is_empty() {
                 continue;
             }
@@ -304,10 +303,10 @@ impl Kernel for Weigh<'_> {
             scores[..seen.start].fill(f32::NEG_INFINITY);
             scores[seen.end..].fill(f32::NEG_INFINITY);
             let scores = scores.as_chunks_mut().0;
-            let old = self.max[i];
+            let old = query.max;
             let max = largest(isa, scores, old);
-            self.max[i] = max;
-            let mut weight = isa.load(&self.weights[i]);
+            query.max = max;
+            let mut weight = isa.load(&query.weights);
             // Where max stays the same the factor is exactly 1.
             if max != old {
                 let shrink = isa.exp(isa.splat(old - max));
@@ -321,7 +320,7 @@ impl Kernel for Weigh<'_> {
                 isa.store(e, scores);
                 weight = isa.add(weight, e);
             }
-            isa.store(weight, &mut self.weights[i]);
+            isa.store(weight, &mut query.weights);
         }
     }
 }
@@ -423,14 +422,21 @@ impl<E: Element, const R: usize, const C: usize> AddValues<'_, E, R, C> {
     }
 }
 
-/// The sum of sixteen partial sums.
-struct Total<'a>(&'a [f32; LANES]);
+/// `out[d]` = `sums[d]` times the reciprocal of the sum of all weights.
+struct Divide<'a> {
+    sums: &'a [f32],
+    weights: &'a [f32; LANES],
+    out: &'a mut [f32],
+}
 
-impl Kernel for Total<'_> {
-    type Output = f32;
+impl Kernel for Divide<'_> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> f32 {
-        isa.sum(isa.load(self.0))
+    fn run<I: Isa>(self, isa: I) {
+        let inverse = isa.splat(1.0 / isa.sum(isa.load(self.weights)));
+        for (sums, out) in self.sums.as_chunks().0.iter().zip(self.out.chunks_mut(LANES)) {
+            store_part(isa, isa.mul(isa.load(sums), inverse), out);
+        }
     }
 }

@@ -4,7 +4,7 @@
 use super::*;
 use crate::ops::kv_write::kv_write;
 use crate::ops::parallel::{set_threads, threads};
-use crate::ops::samples::{check_bits, check_close, differences, floats, tensor};
+use crate::ops::samples::{check_bits, check_close, differences, floats, tensor, with_threads};
 use candle_core::{DType, Device};
 
 struct Case {
@@ -281,9 +281,7 @@ fn gradients_over_many_tiles_are_those_of_candle() {
             let expected: Vec<f64> = floats(expected.get(var).unwrap()).into_iter().map(f64::from).collect();
             check_close(&format!("{} heads", case.heads), &floats(got), &expected, 1e-4);
         }
-        set_threads(1);
-        let alone = case.gradients(&inputs, &dout, &starts);
-        set_threads(0);
+        let alone = with_threads(1, || case.gradients(&inputs, &dout, &starts));
         for (alone, got) in alone.iter().zip(&gradients) {
             check_bits("one thread", &floats(alone), &floats(got));
         }

@@ -1,23 +1,35 @@
-//! Products of bf16 in the processor's matrix unit: rows in strips of sixteen, panels in parts that the level-1 cache holds.
-//! The order of a sum is that of [`Registers::multiply_bf16`], whatever the number of rows, threads and parts.
+//! Products of bf16 in the processor's matrix unit: blocks of rows that a level-2 cache holds while panels go over them, two strips of
+//! sixteen rows at a time. The order of a sum is that of [`Registers::multiply_bf16`], whatever the number of rows, threads and blocks.
 
 use half::bf16;
 
 use super::blocks::{Line, Sizes, WIDTH};
 use super::brain::{Left, Right};
 use super::pairs::{Pair, Pairs};
-use crate::ops::amx::{Amx, Begin, Operand, PAIRS, ROWS, Registers};
+use crate::ops::amx::{Amx, Hints, PAIRS, ROWS, Registers};
 use crate::ops::parallel;
-use crate::ops::storage::{Shared, Target, written};
+use crate::ops::storage::{Shared, written};
 use crate::ops::swiglu;
 use std::ops::Range;
 
-/// Pairs of a panel that all strips of a block go over before the next ones: 24 KiB, half of a level-1 cache.
+/// Rows that go over a panel together: two strips.
+const TURN: usize = 2 * ROWS;
+/// Of the rows of a block: half of a level-2 cache.
+const BLOCK_BYTES: usize = 1 << 20;
+/// Fewest rows of a block: a panel that comes from further away has to be worth it.
+const BLOCK_MIN: usize = 2 * TURN;
+/// Most rows of a block.
+const BLOCK_MAX: usize = 16 * TURN;
+/// Fewest rows of a block for which a panel is made.
+const MADE_MIN: usize = 8 * TURN;
+/// Panels that one block after the other goes over, at most, so that they come from a cache to all but the first.
+const GROUP: usize = 16;
+/// Pieces of work that every thread should find.
+const PIECES: usize = 8;
+/// Pairs of a strip that are laid out at once, in a level-1 cache.
 const PART: usize = 96;
 /// How far ahead of use a panel is asked for that is read once.
 const PREFETCH_BYTES: usize = 8192;
-/// Rows whose sums rest in a level-2 cache between two parts.
-const BLOCK: usize = 256;
 
 /// A processor with the unit.
 #[derive(Clone, Copy)]
@@ -41,8 +53,8 @@ pub(super) struct Product {
     sizes: Sizes,
     /// Pairs of a row, filled up with zeros.
     steps: usize,
-    /// Part after part, strip after strip of up to sixteen rows, `[pairs / 16, rows, 16]`: what the unit reads lies in the order in which
-    /// it is read. Filled up with zeros.
+    /// Strip after strip of up to sixteen rows, `[pairs / 16, rows, 16]`: what the unit reads lies in the order in which it is read. Filled
+    /// up with zeros.
     left: Vec<Pair>,
     /// Rows in it.
     rows: usize,
@@ -75,26 +87,19 @@ impl Unit {
         let strip = |first: usize, out: &Shared<'_, Pair>| {
             for part in (0..steps).step_by(PART) {
                 let end = steps.min(part + PART);
-                // SAFETY: every strip of every part has a place of its own.
+                // SAFETY: every part of every strip has a place of its own.
                 #[allow(unsafe_code)]
-                let out = unsafe { out.cleared(part * rows + first * (end - part), (end - part) * height) };
+                let out = unsafe { out.cleared(first * steps + part * height, (end - part) * height) };
                 self.pairs.lay_out(left, sizes, first, part..end, out);
             }
         };
-        // SAFETY: all strips of all parts are everything.
+        // SAFETY: all parts of all strips are everything.
         #[allow(unsafe_code)]
         let left = unsafe {
             written(rows * steps, |out| parallel::for_each(rows / height, |index| strip(index * height, out)))
         };
         Product { unit: self, sizes, steps, left, rows }
     }
-}
-
-/// What a thread works with.
-struct Own {
-    registers: Registers,
-    panel: Vec<Line<Pair>>,
-    sums: Vec<[f32; WIDTH]>,
 }
 
 impl Product {
@@ -115,29 +120,21 @@ impl Product {
     /// The product whose left operand is silu(gate) * up, `columns` wide, where `panels` are those of gate and then of up, as many.
     pub(super) fn gated(&self, panels: &[bf16], columns: usize) -> Self {
         let Sizes { rows, columns: both, k } = self.sizes;
-        let half = both / 2;
-        assert!(half.is_multiple_of(WIDTH) && panels.len() == both * k, "halves are whole panels");
-        let (steps, height) = (half / 2, rows.clamp(1, ROWS));
-        let own = || {
-            let own = self.own();
-            let ups = own.sums.clone();
-            (own, ups, vec![0.0; BLOCK * WIDTH])
-        };
+        let (half, height) = (both / 2, self.height());
+        assert!(half.is_multiple_of(WIDTH) && panels.len() == both * k, "gate and up are whole panels");
+        let (steps, count) = (half / 2, half / WIDTH);
+        let own = || (self.registers(), [(); 3].map(|()| vec![0.0; TURN * WIDTH]));
         let write = |left: &Shared<'_, Pair>| {
-            self.pieces(half / WIDTH, own, |(own, ups, values), panel, rows| {
-                let [gate, up] = [0, half].map(|half| &panels[(half + panel * WIDTH) * k..][..WIDTH * k]);
-                let pair = panel * WIDTH / 2;
-                let part = pair / PART * PART;
-                let width = steps.min(part + PART) - part;
-                for first in rows.clone().step_by(BLOCK) {
-                    let rows = first..rows.end.min(first + BLOCK);
-                    self.multiply(rows.clone(), gate, (&own.registers, &mut own.sums), |_| None);
-                    self.multiply(rows.clone(), up, (&own.registers, ups), |_| None);
-                    let values = &mut values[..rows.len().next_multiple_of(height) * WIDTH];
-                    let [gates, ups] = [&own.sums, &*ups].map(|sums| &sums.as_flattened()[..values.len()]);
-                    swiglu::numbers(gates, ups, values);
-                    for (row, values) in rows.step_by(height).zip(values.chunks_exact(height * WIDTH)) {
-                        let start = part * self.rows + row * width + (pair - part) * height;
+            self.pieces(count, self.block_rows(count), own, |(registers, [gates, ups, values]), index, rows| {
+                for turn in self.turns(rows) {
+                    let len = turn.len() * WIDTH;
+                    for (first, sums) in [(0, &mut *gates), (half, &mut *ups)] {
+                        let panel = &panels[(first + index * WIDTH) * k..][..WIDTH * k];
+                        self.multiply(registers, turn.clone(), panel, sums);
+                    }
+                    swiglu::products(&gates[..len], &ups[..len], &mut values[..len]);
+                    for (row, values) in turn.step_by(height).zip(values.chunks_exact(height * WIDTH)) {
+                        let start = row * steps + index * WIDTH / 2 * height;
                         // SAFETY: every strip of every panel has a place of its own.
                         #[allow(unsafe_code)]
                         let out = unsafe { left.cleared(start, height * WIDTH / 2) };
@@ -147,118 +144,135 @@ impl Product {
                 }
             });
         };
-        // SAFETY: all strips of all panels are everything.
+        // SAFETY: all strips of all panels are everything, as a panel is whole steps of the unit.
         #[allow(unsafe_code)]
         let left = unsafe { written(self.rows * steps, write) };
         Self { unit: self.unit, sizes: Sizes { rows, columns, k: half }, steps, left, rows: self.rows }
     }
 
-    fn own(&self) -> Own {
-        let rows = self.sizes.rows;
-        Own {
-            registers: self.unit.amx.registers(rows.min(ROWS), 4 * PAIRS),
-            panel: Vec::new(),
-            sums: vec![[0.0; WIDTH]; rows.next_multiple_of(rows.min(ROWS)).min(BLOCK)],
-        }
-    }
-
-    /// Runs `body(own, panel, rows)` in parallel until every row of each of `panels` panels had its turn.
-    fn pieces<T>(&self, panels: usize, own: impl Fn() -> T + Sync, body: impl Fn(&mut T, usize, Range<usize>) + Sync) {
-        let rows = self.sizes.rows;
-        if rows == 0 || panels == 0 {
-            return;
-        }
-        // Enough pieces for all threads, at the price of reading or making a panel more than once.
-        let groups = (4 * parallel::threads()).div_ceil(panels).min(rows.div_ceil(BLOCK));
-        let each = rows.div_ceil(groups).next_multiple_of(ROWS);
-        parallel::for_each_init(panels * groups, own, |own, index| {
-            let first = index % groups * each;
-            body(own, index / groups, first..rows.min(first + each));
-        });
-    }
-
     fn compute(&self, panels: Panels<'_>, out: &Out<'_>) {
         let Sizes { columns, k, .. } = self.sizes;
-        self.pieces(
-            columns.div_ceil(WIDTH),
-            || self.own(),
-            |own, panel, rows| {
-                let column = panel * WIDTH;
-                match panels {
-                    Panels::Stored(all) => {
-                        let panel = &all[column * k..][..WIDTH * k];
-                        self.block(rows, column, panel, (&own.registers, &mut own.sums), out);
-                    }
-                    Panels::Made(right) => {
-                        own.panel.clear();
-                        own.panel.resize(self.steps, Line::default());
-                        self.unit.pairs.pack(right, self.sizes, column, &mut own.panel);
-                        self.block(rows, column, &own.panel, (&own.registers, &mut own.sums), out);
-                    }
-                }
-            },
-        );
-    }
-
-    /// Some rows over the panel whose first column is `column`.
-    fn block<P: Copy>(
-        &self,
-        rows: Range<usize>,
-        column: usize,
-        panel: &[P],
-        (registers, sums): (&Registers, &mut [[f32; WIDTH]]),
-        out: &Out<'_>,
-    ) {
-        let Sizes { rows: all, columns, .. } = self.sizes;
-        let (height, width) = (all.min(ROWS), WIDTH.min(columns - column));
-        for first in rows.clone().step_by(BLOCK) {
-            let last = rows.end.min(first + BLOCK);
-            // Rows whose sums the unit writes to their places itself: whole strips over a whole panel.
-            let direct = match out {
-                Out::Fresh(_) if width == WIDTH => (last - first) / height * height,
-                _ => 0,
-            };
-            let target = |row: usize| match out {
-                // SAFETY: every sum has a place of its own.
-                #[allow(unsafe_code)]
-                Out::Fresh(c) if row < first + direct => unsafe {
-                    Some(c.target(row * columns + column, columns, height, WIDTH))
-                },
-                _ => None,
-            };
-            self.multiply(first..last, panel, (registers, sums), target);
-            self.put(first + direct..last, column..column + width, &sums[direct..], out);
-        }
-    }
-
-    /// The sums of a block of rows over a panel: those of a strip to the target of its first row, where it has one, or else to `sums`.
-    fn multiply<'a, P: Copy>(
-        &self,
-        rows: Range<usize>,
-        panel: &[P],
-        (registers, sums): (&Registers, &mut [[f32; WIDTH]]),
-        target: impl Fn(usize) -> Option<Target<'a>>,
-    ) {
-        let (steps, height) = (self.steps, self.sizes.rows.min(ROWS));
-        let once = self.sizes.rows <= ROWS;
-        for part in (0..steps).step_by(PART) {
-            let end = steps.min(part + PART);
-            let begin = if part == 0 { Begin::Zeros } else { Begin::Sums };
-            let right = &panel[panel.len() * part / steps..panel.len() * end / steps];
-            let right = Operand { numbers: right, ahead: if once { PREFETCH_BYTES } else { 0 } };
-            for (row, sums) in rows.clone().step_by(height).zip(sums.chunks_exact_mut(height)) {
-                let left = &self.left[part * self.rows + row * (end - part)..][..(end - part) * height];
-                // The next strip, while this one is multiplied.
-                let left = Operand { numbers: left, ahead: if once { 0 } else { size_of_val(left) } };
-                let target = if end == steps { target(row) } else { None };
-                registers.multiply_bf16(begin, left, right, sums, target);
+        let count = columns.div_ceil(WIDTH);
+        let own = || (self.registers(), Vec::new(), vec![0.0; TURN * WIDTH]);
+        match panels {
+            Panels::Stored(all) => {
+                self.pieces(count, self.block_rows(count), own, |(registers, _, sums), index, rows| {
+                    let panel = &all[index * WIDTH * k..][..WIDTH * k];
+                    self.block(rows, index * WIDTH, panel, (registers, sums), out);
+                })
+            }
+            Panels::Made(right) => {
+                let rows = self.rows_of(count, MADE_MIN);
+                self.pieces(count, rows, own, |(registers, panel, sums), index, rows| {
+                    panel.clear();
+                    panel.resize(self.steps, Line::default());
+                    self.unit.pairs.pack(right, self.sizes, index * WIDTH, panel);
+                    self.block(rows, index * WIDTH, panel, (registers, sums), out);
+                });
             }
         }
     }
 
+    /// Rows of a strip.
+    fn height(&self) -> usize {
+        self.sizes.rows.clamp(1, ROWS)
+    }
+
+    /// Those of this thread.
+    fn registers(&self) -> Registers {
+        self.unit.amx.registers(self.height(), 4 * PAIRS)
+    }
+
+    /// Rows of a block that go over `panels` panels: what the cache holds.
+    fn block_rows(&self, panels: usize) -> usize {
+        let held = (BLOCK_BYTES / (self.steps * size_of::<Pair>())).clamp(BLOCK_MIN, BLOCK_MAX);
+        self.rows_of(panels, BLOCK_MIN).min(held / TURN * TURN)
+    }
+
+    /// As many rows of a block, whole turns, as leave enough pieces for all threads, or `min`.
+    fn rows_of(&self, panels: usize, min: usize) -> usize {
+        let rows = self.sizes.rows;
+        let blocks = (PIECES * parallel::threads()).div_ceil(panels.max(1)).min(rows.div_ceil(min)).max(1);
+        rows.div_ceil(blocks).max(1).next_multiple_of(TURN)
+    }
+
+    /// Runs `body(own, panel, rows)` in parallel until all blocks of `each` rows had each of `panels` panels.
+    fn pieces<T>(
+        &self,
+        panels: usize,
+        each: usize,
+        own: impl Fn() -> T + Sync,
+        body: impl Fn(&mut T, usize, Range<usize>) + Sync,
+    ) {
+        let rows = self.sizes.rows;
+        let blocks = rows.div_ceil(each);
+        let group = (panels * blocks).div_ceil(PIECES * parallel::threads()).clamp(1, GROUP);
+        parallel::for_each_init(panels.div_ceil(group) * blocks, own, |own, index| {
+            let (first, row) = (index / blocks * group, index % blocks * each);
+            for panel in first..panels.min(first + group) {
+                body(own, panel, row..rows.min(row + each));
+            }
+        });
+    }
+
+    /// Two strips or one at a time, whole ones, of `rows`, which begin with a strip.
+    fn turns(&self, rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let height = self.height();
+        let end = rows.end.next_multiple_of(height);
+        (rows.start..end).step_by(2 * height).map(move |first| first..end.min(first + 2 * height))
+    }
+
+    /// Some rows over the panel whose first column is `column`.
+    fn block<P>(
+        &self,
+        rows: Range<usize>,
+        column: usize,
+        panel: &[P],
+        (registers, sums): (&Registers, &mut [f32]),
+        out: &Out<'_>,
+    ) {
+        let Sizes { rows: all, columns, .. } = self.sizes;
+        let width = WIDTH.min(columns - column);
+        for turn in self.turns(rows.clone()) {
+            match out {
+                // The unit writes to their places itself what are whole strips over a whole panel.
+                Out::Fresh(c) if width == WIDTH && turn.end <= all => {
+                    // SAFETY: every sum has a place of its own.
+                    #[allow(unsafe_code)]
+                    let target = unsafe { c.target(turn.start * columns + column, columns, turn.len(), WIDTH) };
+                    let hints = Hints { more_rows: turn.end < rows.end, ..self.hints() };
+                    registers.multiply_bf16(self.left(turn), panel, &target, hints);
+                }
+                _ => {
+                    self.multiply(registers, turn.clone(), panel, sums);
+                    self.put(turn.start..all.min(turn.end), column..column + width, sums, out);
+                }
+            }
+        }
+    }
+
+    /// The sums of the rows of a turn over a panel, to `sums`.
+    fn multiply<P>(&self, registers: &Registers, turn: Range<usize>, panel: &[P], sums: &mut [f32]) {
+        let shared = Shared::new(sums);
+        // SAFETY: nobody else has them.
+        #[allow(unsafe_code)]
+        let target = unsafe { shared.target(0, WIDTH, turn.len(), WIDTH) };
+        registers.multiply_bf16(self.left(turn), panel, &target, self.hints());
+    }
+
+    /// What the unit reads for the strips of a turn.
+    fn left(&self, turn: Range<usize>) -> &[Pair] {
+        &self.left[turn.start * self.steps..turn.end * self.steps]
+    }
+
+    fn hints(&self) -> Hints {
+        // Panels are read once where there is one strip.
+        Hints { ahead: if self.sizes.rows <= ROWS { PREFETCH_BYTES } else { 0 }, more_rows: false }
+    }
+
     /// Puts the sums of rows to their places.
-    fn put(&self, rows: Range<usize>, columns: Range<usize>, sums: &[[f32; WIDTH]], out: &Out<'_>) {
-        for (row, sums) in rows.zip(sums) {
+    fn put(&self, rows: Range<usize>, columns: Range<usize>, sums: &[f32], out: &Out<'_>) {
+        for (row, sums) in rows.zip(sums.chunks_exact(WIDTH)) {
             let (start, sums) = (row * self.sizes.columns + columns.start, &sums[..columns.len()]);
             match out {
                 // SAFETY: every sum has a place of its own.

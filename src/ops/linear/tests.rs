@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::ops::parallel::{set_threads, threads};
-use crate::ops::samples::{check_bits, check_close, floats, numbers, tensor};
+use crate::ops::samples::{check_bits, check_close, floats, numbers, tensor, with_threads};
 use crate::ops::swiglu::swiglu;
 
 const SIZES_IN: [usize; 8] = [1, 7, 16, 17, 64, 112, 768, 1031];
@@ -193,9 +193,7 @@ fn a_packed_weight_multiplies_rounded_activations_with_the_same_bits_in_every_ba
             let part = layer.forward(&x.narrow(0, 70 - count, count).unwrap()).unwrap();
             check_bits(&format!("{count} rows"), &floats(&part), &all[(70 - count) * columns..]);
         }
-        set_threads(1);
-        check_bits("one thread", &floats(&layer.forward(&x).unwrap()), &all);
-        set_threads(0);
+        check_bits("one thread", &floats(&with_threads(1, || layer.forward(&x)).unwrap()), &all);
         assert!(!layer.pack().unwrap(), "twice");
     }
     for unfit in [tensor(11, (8, 6)), round(&tensor(11, (8, 5)))] {
@@ -210,10 +208,10 @@ fn a_gated_layer_at_once_has_the_bits_of_one_product_after_the_other() {
         let mut layer = Linear::dense(weight).unwrap();
         layer.pack().unwrap().then_some(layer)
     };
-    // Down takes one part, several, and a last one that is shorter; its outputs fill their panels or not.
-    for (inter, k, columns) in [(64, 32, 75), (192, 64, 64), (448, 224, 75)] {
+    // One panel and several, whole steps of down; its outputs fill their panels or not. The longest k leaves small blocks of rows.
+    for (inter, k, columns) in [(64, 32, 75), (192, 64, 64), (448, 224, 75), (64, 4160, 9)] {
         let (Some(gate_up), Some(down)) = (layer(1, 2 * inter, k), layer(2, columns, inter)) else { return };
-        for rows in [16, 17, 70, 300] {
+        for rows in [16, 17, 33, 70, 300] {
             let x = tensor(3, (rows, k));
             let Some(y) = gated(&x, &gate_up, &down).unwrap() else {
                 assert!(rows <= 16 || matrix::Unit::detect().is_none());
@@ -221,9 +219,8 @@ fn a_gated_layer_at_once_has_the_bits_of_one_product_after_the_other() {
             };
             let after = down.forward(&swiglu(&gate_up.forward(&x).unwrap()).unwrap()).unwrap();
             check_bits(&format!("{rows} rows, {inter}"), &floats(&y), &floats(&after));
-            set_threads(1);
-            check_bits("one thread", &floats(&gated(&x, &gate_up, &down).unwrap().unwrap()), &floats(&y));
-            set_threads(0);
+            let alone = with_threads(1, || gated(&x, &gate_up, &down)).unwrap().unwrap();
+            check_bits("one thread", &floats(&alone), &floats(&y));
         }
     }
     // Panels with gates and ups in one.

@@ -7,9 +7,8 @@ use super::formats::GROUP;
 use super::*;
 use crate::ops::lanes::Body;
 use crate::ops::linear::Linear;
-use crate::ops::parallel::set_threads;
 use crate::ops::parameter::Parameter;
-use crate::ops::samples::{check_bits, check_close, floats, numbers};
+use crate::ops::samples::{check_bits, check_close, floats, numbers, with_threads};
 
 /// Blocks of any bits with scales of about 1/1000.
 fn blocks(format: Format, seed: u64, count: usize) -> Vec<u8> {
@@ -122,9 +121,7 @@ fn a_row_has_the_same_bits_in_every_batch_on_every_body_and_with_any_threads() {
             let part = product(Body::best(), &x.narrow(0, first, count).unwrap());
             check_bits(&format!("{format:?} rows {first}+{count}"), &part, &all[first * columns..][..count * columns]);
         }
-        set_threads(1);
-        check_bits("one thread", &product(Body::best(), &x), &all);
-        set_threads(0);
+        check_bits("one thread", &with_threads(1, || product(Body::best(), &x)), &all);
     }
 }
 
@@ -216,9 +213,7 @@ fn a_block_is_the_same_on_every_processor_and_with_any_threads() {
             body.run(super::search::Search { format, x: &x, out: &mut out });
             assert_eq!(out, all, "{format:?}");
         }
-        set_threads(1);
-        assert_eq!(quantize(format, &x), all, "{format:?}");
-        set_threads(0);
+        assert_eq!(with_threads(1, || quantize(format, &x)), all, "{format:?}");
     }
 }
 
