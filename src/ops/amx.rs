@@ -16,6 +16,8 @@ pub(super) const ROWS: usize = 16;
 const COLUMNS: usize = 64;
 /// Pairs along k that one instruction takes.
 pub(super) const PAIRS: usize = 16;
+/// Of an operand that is read again and again: half of the level-2 cache that a core of these processors has.
+pub(super) const CACHE_BYTES: usize = 1 << 20;
 /// Bytes of a panel that one step reads: sixteen pairs of 64 columns.
 const STEP_BYTES: usize = PAIRS * COLUMNS * 4;
 

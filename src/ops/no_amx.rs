@@ -6,6 +6,8 @@ use crate::ops::storage::Target;
 pub(super) const ROWS: usize = 16;
 /// See `amx.rs`.
 pub(super) const PAIRS: usize = 16;
+/// See `amx.rs`.
+pub(super) const CACHE_BYTES: usize = 1 << 20;
 
 /// There is no processor like this.
 #[derive(Clone, Copy)]

@@ -3,6 +3,7 @@
 
 use super::storage::{Shared, written};
 use std::any::Any;
+use std::ops::{Range, RangeInclusive};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -14,6 +15,11 @@ use std::time::{Duration, Instant};
 const SPIN: Duration = Duration::from_micros(40);
 /// More threads than any host of this program has; the seats of a loop are counted in 16 bits.
 const THREADS_MAX: usize = 1024;
+
+/// Pieces of a loop over blocks that every thread should find.
+const PIECES: usize = 8;
+/// Items that one block after the other goes over, at most.
+const GROUP: usize = 16;
 
 /// Sets how many threads a loop may use, the caller included; 0 means 1. Takes effect at the next loop.
 pub fn set_threads(n: usize) {
@@ -59,6 +65,33 @@ pub(super) fn for_each_init<T>(count: usize, init: impl Fn() -> T + Sync, body: 
     if helpers == 0 || !POOL.run(count, helpers, &work) {
         work(&mut Indices { next: &AtomicUsize::new(0), count });
     }
+}
+
+/// Runs `body(own, item, rows)` for each of `items` and each block of `each` of `rows` rows, as [`for_each_init`]. A thread takes several
+/// items with the same block, which its own cache should hold; all blocks come before the next items, so that these are in a cache, too,
+/// for all blocks but the first.
+pub(super) fn for_each_block<T>(
+    items: usize,
+    (rows, each): (usize, usize),
+    init: impl Fn() -> T + Sync,
+    body: impl Fn(&mut T, usize, Range<usize>) + Sync,
+) {
+    let blocks = rows.div_ceil(each);
+    let group = (items * blocks).div_ceil(PIECES * threads()).clamp(1, GROUP);
+    for_each_init(items.div_ceil(group) * blocks, init, |own, index| {
+        let (first, row) = (index / blocks * group, index % blocks * each);
+        for item in first..items.min(first + group) {
+            body(own, item, row..rows.min(row + each));
+        }
+    });
+}
+
+/// Rows of a block of [`for_each_block`], a multiple of `unit`: about as many as the last of `sizes` at most, fewer where `items` are too
+/// few for all threads, down to the first.
+pub(super) fn rows_of_block(items: usize, rows: usize, sizes: RangeInclusive<usize>, unit: usize) -> usize {
+    let wanted = (PIECES * threads()).div_ceil(items.max(1)).min(rows.div_ceil(*sizes.start()));
+    let blocks = wanted.max(rows.div_ceil(*sizes.end())).max(1);
+    rows.div_ceil(blocks).max(1).next_multiple_of(unit)
 }
 
 /// Cuts `data` into chunks of `len` elements (the last may be shorter) and calls `body(index, chunk)` for each, as [`for_each`].
@@ -440,6 +473,29 @@ mod tests {
         assert!(found.len() == 2 && found.iter().all(|set| set.count() == 1));
         assert_eq!(found[0] == found[1], before.count() == 1);
         assert_eq!(sched_getaffinity(None).unwrap(), before);
+    }
+
+    #[test]
+    fn every_item_meets_every_row_once() {
+        for (items, rows, each) in [(0, 5, 2), (3, 0, 2), (1, 1, 32), (7, 100, 32), (300, 65, 64), (64, 4096, 512)] {
+            let met: Vec<AtomicUsize> = (0..items * rows).map(|_| AtomicUsize::new(0)).collect();
+            for_each_block(
+                items,
+                (rows, each),
+                || (),
+                |(), item, block| {
+                    assert!(!block.is_empty() && block.start.is_multiple_of(each) && block.len() <= each);
+                    for row in block {
+                        met[item * rows + row].fetch_add(1, Ordering::Relaxed);
+                    }
+                },
+            );
+            assert!(met.iter().all(|times| times.load(Ordering::Relaxed) == 1), "{items} x {rows}");
+        }
+        // Many items, blocks as equal as can be; few items; nothing at all.
+        assert_eq!(rows_of_block(1_000, 2048, 64..=672, 32), 512);
+        assert_eq!(rows_of_block(1, 128, 64..=672, 32), 64);
+        assert_eq!((rows_of_block(0, 0, 64..=672, 32), rows_of_block(5, 1, 64..=672, 1)), (32, 1));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use half::bf16;
 use super::blocks::{Line, Sizes, WIDTH};
 use super::brain::{Left, Right};
 use super::pairs::{Pair, Pairs};
-use crate::ops::amx::{Amx, Hints, PAIRS, ROWS, Registers};
+use crate::ops::amx::{Amx, CACHE_BYTES, Hints, PAIRS, ROWS, Registers};
 use crate::ops::parallel;
 use crate::ops::storage::{Shared, written};
 use crate::ops::swiglu;
@@ -14,18 +14,12 @@ use std::ops::Range;
 
 /// Rows that go over a panel together: two strips.
 const TURN: usize = 2 * ROWS;
-/// Of the rows of a block: half of a level-2 cache.
-const BLOCK_BYTES: usize = 1 << 20;
 /// Fewest rows of a block: a panel that comes from further away has to be worth it.
 const BLOCK_MIN: usize = 2 * TURN;
 /// Most rows of a block.
 const BLOCK_MAX: usize = 16 * TURN;
 /// Fewest rows of a block for which a panel is made.
 const MADE_MIN: usize = 8 * TURN;
-/// Panels that one block after the other goes over, at most, so that they come from a cache to all but the first.
-const GROUP: usize = 16;
-/// Pieces of work that every thread should find.
-const PIECES: usize = 8;
 /// Pairs of a strip that are laid out at once, in a level-1 cache.
 const PART: usize = 96;
 /// How far ahead of use a panel is asked for that is read once.
@@ -125,7 +119,8 @@ impl Product {
         let (steps, count) = (half / 2, half / WIDTH);
         let own = || (self.registers(), [(); 3].map(|()| vec![0.0; TURN * WIDTH]));
         let write = |left: &Shared<'_, Pair>| {
-            self.pieces(count, self.block_rows(count), own, |(registers, [gates, ups, values]), index, rows| {
+            let blocks = (rows, self.block_rows(count));
+            parallel::for_each_block(count, blocks, own, |(registers, [gates, ups, values]), index, rows| {
                 for turn in self.turns(rows) {
                     let len = turn.len() * WIDTH;
                     for (first, sums) in [(0, &mut *gates), (half, &mut *ups)] {
@@ -151,26 +146,28 @@ impl Product {
     }
 
     fn compute(&self, panels: Panels<'_>, out: &Out<'_>) {
-        let Sizes { columns, k, .. } = self.sizes;
+        let Sizes { rows, columns, k } = self.sizes;
         let count = columns.div_ceil(WIDTH);
+        let each = match panels {
+            Panels::Stored(_) => self.block_rows(count),
+            Panels::Made(_) => parallel::rows_of_block(count, rows, MADE_MIN..=usize::MAX, TURN),
+        };
         let own = || (self.registers(), Vec::new(), vec![0.0; TURN * WIDTH]);
-        match panels {
-            Panels::Stored(all) => {
-                self.pieces(count, self.block_rows(count), own, |(registers, _, sums), index, rows| {
-                    let panel = &all[index * WIDTH * k..][..WIDTH * k];
-                    self.block(rows, index * WIDTH, panel, (registers, sums), out);
-                })
+        parallel::for_each_block(count, (rows, each), own, |(registers, made, sums), index, rows| {
+            let column = index * WIDTH;
+            match panels {
+                Panels::Stored(all) => {
+                    let panel = &all[column * k..][..WIDTH * k];
+                    self.block(rows, column, panel, (registers, sums), out);
+                }
+                Panels::Made(right) => {
+                    made.clear();
+                    made.resize(self.steps, Line::default());
+                    self.unit.pairs.pack(right, self.sizes, column, made);
+                    self.block(rows, column, made, (registers, sums), out);
+                }
             }
-            Panels::Made(right) => {
-                let rows = self.rows_of(count, MADE_MIN);
-                self.pieces(count, rows, own, |(registers, panel, sums), index, rows| {
-                    panel.clear();
-                    panel.resize(self.steps, Line::default());
-                    self.unit.pairs.pack(right, self.sizes, index * WIDTH, panel);
-                    self.block(rows, index * WIDTH, panel, (registers, sums), out);
-                });
-            }
-        }
+        });
     }
 
     /// Rows of a strip.
@@ -183,36 +180,10 @@ impl Product {
         self.unit.amx.registers(self.height(), 4 * PAIRS)
     }
 
-    /// Rows of a block that go over `panels` panels: what the cache holds.
+    /// Rows of a block that go over `panels` stored panels.
     fn block_rows(&self, panels: usize) -> usize {
-        let held = (BLOCK_BYTES / (self.steps * size_of::<Pair>())).clamp(BLOCK_MIN, BLOCK_MAX);
-        self.rows_of(panels, BLOCK_MIN).min(held / TURN * TURN)
-    }
-
-    /// As many rows of a block, whole turns, as leave enough pieces for all threads, or `min`.
-    fn rows_of(&self, panels: usize, min: usize) -> usize {
-        let rows = self.sizes.rows;
-        let blocks = (PIECES * parallel::threads()).div_ceil(panels.max(1)).min(rows.div_ceil(min)).max(1);
-        rows.div_ceil(blocks).max(1).next_multiple_of(TURN)
-    }
-
-    /// Runs `body(own, panel, rows)` in parallel until all blocks of `each` rows had each of `panels` panels.
-    fn pieces<T>(
-        &self,
-        panels: usize,
-        each: usize,
-        own: impl Fn() -> T + Sync,
-        body: impl Fn(&mut T, usize, Range<usize>) + Sync,
-    ) {
-        let rows = self.sizes.rows;
-        let blocks = rows.div_ceil(each);
-        let group = (panels * blocks).div_ceil(PIECES * parallel::threads()).clamp(1, GROUP);
-        parallel::for_each_init(panels.div_ceil(group) * blocks, own, |own, index| {
-            let (first, row) = (index / blocks * group, index % blocks * each);
-            for panel in first..panels.min(first + group) {
-                body(own, panel, row..rows.min(row + each));
-            }
-        });
+        let held = (CACHE_BYTES / (self.steps * size_of::<Pair>())).clamp(BLOCK_MIN, BLOCK_MAX);
+        parallel::rows_of_block(panels, self.sizes.rows, BLOCK_MIN..=held, TURN)
     }
 
     /// Two strips or one at a time, whole ones, of `rows`, which begin with a strip.

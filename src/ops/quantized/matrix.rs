@@ -5,13 +5,16 @@ use super::dot::{Group, Output};
 use super::formats::{COLUMNS, Unpack, negative_min};
 use super::tiles::record_bytes;
 use super::{Matrix, TOGETHER};
-use crate::ops::amx::{Amx, Dots, ROWS, Registers};
+use crate::ops::amx::{Amx, CACHE_BYTES, Dots, ROWS, Registers};
 use crate::ops::lanes::{Body, Isa, Kernel};
 use crate::ops::parallel;
 use std::marker::PhantomData;
 
 /// From this many rows on it pays to unpack tiles and to fill up the last sixteen rows.
 pub(super) const ROWS_MIN: usize = 24;
+
+/// Fewest rows of a block: each unpacks its tiles anew.
+const BLOCK_MIN: usize = 128;
 
 /// A group of sixteen rows of activations.
 #[derive(Clone, Copy, Default)]
@@ -54,15 +57,18 @@ pub(super) fn product<F: Unpack>(
     });
     let tile_count = matrix.rows.div_ceil(COLUMNS);
     let start = || (unit.registers(ROWS, 32 / F::SCALES), Open::new::<F>(groups));
-    parallel::for_each_init(tile_count, start, |(registers, open), tile| {
+    let held = (CACHE_BYTES / (groups * size_of::<Sixteen>()) * ROWS).max(BLOCK_MIN);
+    let each = parallel::rows_of_block(tile_count, rows, BLOCK_MIN..=held, ROWS);
+    parallel::for_each_block(tile_count, (rows, each), start, |(registers, open), tile, rows| {
         let first = tile / TOGETHER * TOGETHER;
         let count = TOGETHER.min(tile_count - first);
         let records = &tiles[first * matrix.tile_bytes()..][..count * matrix.tile_bytes()];
         body.run(Opening::<F> { records, step: count, first: tile - first, open, format: PhantomData });
         let width = COLUMNS.min(matrix.rows - tile * COLUMNS);
-        for (strip, left) in left.chunks_exact(groups).enumerate() {
+        for first in rows.clone().step_by(ROWS) {
+            let left = &left[first / ROWS * groups..][..groups];
             let sums = body.run(Strip::<F> { registers, left, open, format: PhantomData });
-            for (row, sums) in (strip * ROWS..rows).zip(&sums) {
+            for (row, sums) in (first..rows.end).zip(&sums) {
                 // SAFETY: every sum is handed out once.
                 #[allow(unsafe_code)]
                 unsafe {
