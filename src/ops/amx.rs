@@ -121,8 +121,8 @@ impl Drop for Registers {
 }
 
 impl Registers {
-    /// The product of one strip of rows, or two whole ones, `left` `[strips][pairs / 16, rows, 16]`, and the panel `right` `[pairs, 64]`, both pairs of
-    /// bf16, whose number is a multiple of sixteen, to `out`, which has the rows of the strips.
+    /// The product of one strip of rows, or two whole ones, `left` `[strips][pairs / 16, rows, 16]`, and the panel `right` `[pairs, 64]`,
+    /// both pairs of bf16, whose number is a multiple of sixteen, to `out`, which has the rows of the strips.
     ///
     /// A sum over k is, for every 32 numbers in order: the products of the even ones in one chain of fused multiply-adds from zero, those
     /// of the odd ones in another, the two added, the result added to the sum; subnormal numbers count as zeros (Intel's Software
@@ -189,8 +189,8 @@ impl Registers {
     /// Two strips over half of the columns of a panel: four loads for four products, where one strip takes five.
     ///
     /// # Safety
-    /// Strips have sixteen rows. `a` points to `steps` steps of one strip and then of another, `b` to the first column in as many steps of a panel, `to` to places
-    /// to be written, in rows that lie `across` apart.
+    /// Strips have sixteen rows. `a` points to `steps` steps of one strip and then of another, `b` to the first column in as many steps of
+    /// a panel, `to` to places to be written, in rows that lie `across` apart.
     #[inline(always)]
     unsafe fn two_strips(&self, a: *const u8, b: *const u8, steps: usize, to: *mut f32, across: usize) {
         let step_bytes = ROWS * PAIRS * 4;

@@ -1,5 +1,5 @@
-//! What the system is told of memory: how freed blocks are kept or given back, and where pages should be large. Steps ask for the same large
-//! blocks again and again: where the C library gives them back to the system in between, every page costs a fault each time, up
+//! What the system is told of memory: how freed blocks are kept or given back, and where pages should be large. Steps ask for the same
+//! large blocks again and again: where the C library gives them back to the system in between, every page costs a fault each time, up
 //! to a sixth of the time of a small model.
 
 /// Keeps what is freed for the next step, as far as the C library can be told: blocks of up to 32 MiB, the most that glibc takes.

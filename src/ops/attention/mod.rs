@@ -343,7 +343,8 @@ struct Piece {
     position: usize,
 }
 
-/// All rows of all chunks, which cover `q`; `fetch(chunk, kv_head, positions, span)` pushes the keys and values of those positions in order.
+/// All rows of all chunks, which cover `q`; `fetch(chunk, kv_head, positions, span)` pushes the keys and values of those positions in
+/// order.
 fn attend<'a, E: Element>(
     body: Body,
     shape: &Heads,

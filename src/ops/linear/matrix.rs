@@ -50,8 +50,6 @@ pub(super) struct Product {
     /// Strip after strip of up to sixteen rows, `[pairs / 16, rows, 16]`: what the unit reads lies in the order in which it is read. Filled
     /// up with zeros.
     left: Vec<Pair>,
-    /// Rows in it.
-    rows: usize,
 }
 
 /// Where sums go.
@@ -92,7 +90,7 @@ impl Unit {
         let left = unsafe {
             written(rows * steps, |out| parallel::for_each(rows / height, |index| strip(index * height, out)))
         };
-        Product { unit: self, sizes, steps, left, rows }
+        Product { unit: self, sizes, steps, left }
     }
 }
 
@@ -141,8 +139,8 @@ impl Product {
         };
         // SAFETY: all strips of all panels are everything, as a panel is whole steps of the unit.
         #[allow(unsafe_code)]
-        let left = unsafe { written(self.rows * steps, write) };
-        Self { unit: self.unit, sizes: Sizes { rows, columns, k: half }, steps, left, rows: self.rows }
+        let left = unsafe { written(rows.next_multiple_of(height) * steps, write) };
+        Self { unit: self.unit, sizes: Sizes { rows, columns, k: half }, steps, left }
     }
 
     fn compute(&self, panels: Panels<'_>, out: &Out<'_>) {

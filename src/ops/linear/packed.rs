@@ -117,8 +117,8 @@ pub(super) struct Gated {
 }
 
 impl Gated {
-    /// For gate and up, `both` columns together, of `k` numbers each, and down of `columns`. None where one after the other is as good or the only
-    /// way: without a matrix unit, where the gate does not fill its panels, and for few rows, where weights are the traffic.
+    /// For gate and up, `both` columns together, of `k` numbers each, and down of `columns`. None where one after the other is as good or
+    /// the only way: without a matrix unit, where the gate does not fill its panels, and for few rows, where weights are the traffic.
     pub(super) fn new(rows: usize, k: usize, both: usize, columns: usize) -> Option<Self> {
         let fits = rows > ROWS && Unit::takes(k) && both.is_multiple_of(2 * WIDTH);
         Unit::detect().filter(|_| fits).map(|unit| Self { unit, columns })
