@@ -26,7 +26,7 @@ const SHARED_BYTES: u32 = 48 << 10;
 ///
 /// # Errors
 /// What is missing: the driver, a library, or a GPU.
-pub(crate) fn open() -> std::result::Result<Device, String> {
+pub fn open() -> std::result::Result<Device, String> {
     imports::find(imports::Source::Nvidia)?;
     opened()
 }
@@ -36,7 +36,7 @@ pub(crate) fn open() -> std::result::Result<Device, String> {
 /// # Errors
 /// If this process has opened a real one before.
 #[cfg(feature = "emulator")]
-pub(crate) fn open_emulator() -> std::result::Result<Device, String> {
+pub fn open_emulator() -> std::result::Result<Device, String> {
     imports::find(imports::Source::Emulator)?;
     opened()
 }
@@ -45,7 +45,7 @@ pub(crate) fn open_emulator() -> std::result::Result<Device, String> {
 ///
 /// # Errors
 /// If the driver fails.
-pub(crate) fn another() -> std::result::Result<Device, String> {
+pub fn another() -> std::result::Result<Device, String> {
     opened()
 }
 
@@ -76,7 +76,7 @@ fn keep_freed(device: &CudaDevice) -> std::result::Result<(), DriverError> {
 ///
 /// # Errors
 /// If the driver fails.
-pub(crate) fn describe(device: &CudaDevice) -> Result<(String, [u64; 2])> {
+pub fn describe(device: &CudaDevice) -> Result<(String, [u64; 2])> {
     let stream = device.cuda_stream();
     let (free, total) = stream.context().mem_get_info().w()?;
     Ok((stream.context().name().w()?, [free as u64, total as u64]))
@@ -86,7 +86,7 @@ pub(crate) fn describe(device: &CudaDevice) -> Result<(String, [u64; 2])> {
 ///
 /// # Errors
 /// If the launch does not fit the kernel or the device; what a kernel does wrong is an error of a later call.
-pub(super) fn launch(device: &CudaDevice, launch: &Launch) -> Result<()> {
+pub fn launch(device: &CudaDevice, launch: &Launch) -> Result<()> {
     if launch.grid.contains(&0) {
         return Ok(());
     }
@@ -168,7 +168,7 @@ fn function(stream: &Arc<CudaStream>, launch: &Launch) -> Result<CudaFunction> {
 ///
 /// # Errors
 /// If it is strided or of another type.
-pub(super) fn address(op: &str, storage: &CudaStorage, layout: &Layout, dtype: DType) -> Result<u64> {
+pub fn address(op: &str, storage: &CudaStorage, layout: &Layout, dtype: DType) -> Result<u64> {
     let (start, _) = range(op, layout)?;
     if storage.dtype() != dtype {
         candle_core::bail!("{op}: a tensor of {:?} where one of {dtype:?} belongs", storage.dtype());
@@ -180,7 +180,7 @@ pub(super) fn address(op: &str, storage: &CudaStorage, layout: &Layout, dtype: D
 ///
 /// # Errors
 /// If there are no kernels for it.
-pub(super) fn dtype(op: &str, storage: &CudaStorage) -> Result<DType> {
+pub fn dtype(op: &str, storage: &CudaStorage) -> Result<DType> {
     match storage.dtype() {
         dtype @ (DType::F32 | DType::BF16 | DType::F16) => Ok(dtype),
         other => candle_core::bail!("{op}: there are no kernels for {other:?}"),
@@ -188,7 +188,7 @@ pub(super) fn dtype(op: &str, storage: &CudaStorage) -> Result<DType> {
 }
 
 /// Where a storage begins. The address is good for launches on the device's stream for as long as the storage lives.
-pub(super) fn base(op: &str, storage: &CudaStorage) -> Result<u64> {
+pub fn base(op: &str, storage: &CudaStorage) -> Result<u64> {
     let stream = storage.device.cuda_stream();
     // The guards would record events, which are off.
     let address = match &storage.slice {
@@ -205,7 +205,7 @@ pub(super) fn base(op: &str, storage: &CudaStorage) -> Result<u64> {
 ///
 /// # Errors
 /// If there is no memory left.
-pub(super) fn output(device: &CudaDevice, dtype: DType, count: usize) -> Result<CudaStorage> {
+pub fn output(device: &CudaDevice, dtype: DType, count: usize) -> Result<CudaStorage> {
     // SAFETY: of numbers any bytes are values; the caller launches what writes them.
     unsafe { device.alloc_uninit(&Shape::from(count), dtype) }
 }
@@ -214,7 +214,7 @@ pub(super) fn output(device: &CudaDevice, dtype: DType, count: usize) -> Result<
 ///
 /// # Errors
 /// If there is no memory left.
-pub(super) fn upload(device: &CudaDevice, words: &[u32]) -> Result<CudaStorage> {
+pub fn upload(device: &CudaDevice, words: &[u32]) -> Result<CudaStorage> {
     device.storage_from_slice(words)
 }
 
@@ -222,7 +222,7 @@ pub(super) fn upload(device: &CudaDevice, words: &[u32]) -> Result<CudaStorage> 
 ///
 /// # Errors
 /// If the tensor is strided or of another type, and with whatever went wrong on the device before.
-pub(super) fn download(op: &str, storage: &CudaStorage, layout: &Layout) -> Result<Vec<f32>> {
+pub fn download(op: &str, storage: &CudaStorage, layout: &Layout) -> Result<Vec<f32>> {
     let (start, end) = range(op, layout)?;
     let device = &storage.device;
     Ok(match &storage.slice {
@@ -235,65 +235,4 @@ pub(super) fn download(op: &str, storage: &CudaStorage, layout: &Layout) -> Resu
 
 fn widened<T>(numbers: Vec<T>, widen: impl Fn(T) -> f32) -> Vec<f32> {
     numbers.into_iter().map(widen).collect()
-}
-
-#[cfg(all(test, feature = "emulator"))]
-mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
-
-    use super::*;
-    use crate::ops::kernels;
-
-    fn emulator() -> CudaDevice {
-        open_emulator().unwrap().as_cuda_device().unwrap().clone()
-    }
-
-    #[track_caller]
-    fn check_refused(device: &CudaDevice, wrong: &Launch, part: &str) {
-        let error = launch(device, wrong).unwrap_err().to_string();
-        assert!(error.contains(part), "{error}");
-    }
-
-    #[test]
-    fn launches_that_fit_no_kernel_or_device_are_errors() {
-        let device = emulator();
-        let x = device.storage_from_slice(&[1.0f32; 64]).unwrap();
-        let out = output(&device, DType::F32, 64).unwrap();
-        let [out_address, address] = [&out, &x].map(|storage| base("test", storage).unwrap());
-        let right = kernels::rms_norm(DType::F32, [out_address, address, address], [1, 64], 1e-5);
-        launch(&device, &right).unwrap();
-        let none = Launch { grid: [0, 1, 1], ..right.clone() };
-        launch(&device, &none).unwrap();
-        check_refused(&device, &Launch { kernel: "rms_norm_f64".into(), ..right.clone() }, "no kernel rms_norm_f64");
-        check_refused(&device, &Launch { threads: 2048, ..right.clone() }, "INVALID_VALUE");
-        check_refused(&device, &Launch { grid: [1, 65_536, 1], ..right.clone() }, "INVALID_VALUE");
-        check_refused(&device, &Launch { shared_bytes: 300 << 10, ..right.clone() }, "shared memory");
-        // Allowed once it is asked for, as the launch does.
-        launch(&device, &Launch { shared_bytes: 100 << 10, ..right.clone() }).unwrap();
-        let arguments = right.arguments[1..].to_vec();
-        check_refused(&device, &Launch { arguments, ..right.clone() }, "takes 5 arguments, not 4");
-        drop(x);
-        check_refused(&device, &right, "ILLEGAL_ADDRESS");
-    }
-
-    #[test]
-    fn wrong_tensors_are_errors() {
-        let device = emulator();
-        let words = upload(&device, &[1, 2, 3, 4]).unwrap();
-        let layout = Layout::contiguous((2, 2));
-        assert!(address("test", &words, &layout, DType::U32).is_ok());
-        let text = |error: candle_core::Error| error.to_string();
-        assert!(text(address("test", &words, &layout, DType::F32).unwrap_err()).contains("test: a tensor of U32"));
-        let turned = layout.transpose(0, 1).unwrap();
-        assert!(text(address("test", &words, &turned, DType::U32).unwrap_err()).contains("must be contiguous"));
-        assert!(text(dtype("test", &words).unwrap_err()).contains("no kernels for U32"));
-        assert!(text(download("test", &words, &layout).unwrap_err()).contains("no numbers"));
-    }
-
-    #[test]
-    fn without_memory_there_is_an_error_that_says_so() {
-        let device = emulator();
-        let error = crate::error::Error::from(output(&device, DType::F32, 1 << 40).unwrap_err());
-        assert!(matches!(&error, crate::error::Error::Unavailable(text) if text.contains("no memory left")), "{error}");
-    }
 }

@@ -13,7 +13,7 @@ mod amx;
 mod amx;
 pub mod attention;
 #[cfg(feature = "cuda")]
-pub(crate) mod cuda;
+pub mod cuda;
 pub mod embed;
 pub mod experts;
 pub mod host;

@@ -3,6 +3,8 @@
 //! and passes.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[cfg(feature = "emulator")]
+mod launches;
 mod models;
 mod ops;
 mod service;

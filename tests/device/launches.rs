@@ -1,0 +1,60 @@
+//! The one place that launches kernels, and what it refuses. On the emulator only: some of it would end a GPU's context.
+
+use candle_core::backend::BackendDevice;
+use candle_core::{CudaDevice, DType, Layout};
+use eurus::error::Error;
+use eurus::ops::kernels::Launch;
+use eurus::ops::{cuda, kernels};
+
+fn emulator() -> CudaDevice {
+    cuda::open_emulator().unwrap().as_cuda_device().unwrap().clone()
+}
+
+#[track_caller]
+fn check_refused(device: &CudaDevice, wrong: &Launch, part: &str) {
+    let error = cuda::launch(device, wrong).unwrap_err().to_string();
+    assert!(error.contains(part), "{error}");
+}
+
+#[test]
+fn launches_that_fit_no_kernel_or_device_are_errors() {
+    let device = emulator();
+    let x = device.storage_from_slice(&[1.0f32; 64]).unwrap();
+    let out = cuda::output(&device, DType::F32, 64).unwrap();
+    let [out_address, address] = [&out, &x].map(|storage| cuda::base("test", storage).unwrap());
+    let right = kernels::rms_norm(DType::F32, [out_address, address, address], [1, 64], 1e-5);
+    cuda::launch(&device, &right).unwrap();
+    let none = Launch { grid: [0, 1, 1], ..right.clone() };
+    cuda::launch(&device, &none).unwrap();
+    check_refused(&device, &Launch { kernel: "rms_norm_f64".into(), ..right.clone() }, "no kernel rms_norm_f64");
+    check_refused(&device, &Launch { threads: 2048, ..right.clone() }, "INVALID_VALUE");
+    check_refused(&device, &Launch { grid: [1, 65_536, 1], ..right.clone() }, "INVALID_VALUE");
+    check_refused(&device, &Launch { shared_bytes: 300 << 10, ..right.clone() }, "shared memory");
+    // Allowed once it is asked for, as the launch does.
+    cuda::launch(&device, &Launch { shared_bytes: 100 << 10, ..right.clone() }).unwrap();
+    let arguments = right.arguments[1..].to_vec();
+    check_refused(&device, &Launch { arguments, ..right.clone() }, "takes 5 arguments, not 4");
+    drop(x);
+    check_refused(&device, &right, "ILLEGAL_ADDRESS");
+}
+
+#[test]
+fn wrong_tensors_are_errors() {
+    let device = emulator();
+    let words = cuda::upload(&device, &[1, 2, 3, 4]).unwrap();
+    let layout = Layout::contiguous((2, 2));
+    assert!(cuda::address("test", &words, &layout, DType::U32).is_ok());
+    let text = |error: candle_core::Error| error.to_string();
+    assert!(text(cuda::address("test", &words, &layout, DType::F32).unwrap_err()).contains("test: a tensor of U32"));
+    let turned = layout.transpose(0, 1).unwrap();
+    assert!(text(cuda::address("test", &words, &turned, DType::U32).unwrap_err()).contains("must be contiguous"));
+    assert!(text(cuda::dtype("test", &words).unwrap_err()).contains("no kernels for U32"));
+    assert!(text(cuda::download("test", &words, &layout).unwrap_err()).contains("no numbers"));
+}
+
+#[test]
+fn without_memory_there_is_an_error_that_says_so() {
+    let device = emulator();
+    let error = Error::from(cuda::output(&device, DType::F32, 1 << 40).unwrap_err());
+    assert!(matches!(&error, Error::Unavailable(text) if text.contains("no memory left")), "{error}");
+}
