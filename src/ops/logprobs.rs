@@ -11,7 +11,7 @@ use candle_core::{CudaStorage, DType};
 use super::host;
 use super::lanes::{Body, Isa, Kernel, LANES, store_part, widen_part};
 use super::parallel::filled;
-use super::select::best;
+use super::select::{best, between};
 use super::storage::slice;
 #[cfg(feature = "cuda")]
 use super::{cuda, kernels};
@@ -32,7 +32,7 @@ impl<'a> LogSoftmax<'a> {
     /// # Errors
     /// [`Error::Internal`] if an entry is not a number or plus infinity, or if none is finite.
     pub fn new(logits: &'a [f32]) -> Result<Self> {
-        let max = logits[argmax(logits)? as usize];
+        let max = largest(logits)?;
         let sum = Body::best().run(SumOfExp { logits, max });
         Ok(Self { logits, max, log_sum: sum.ln() })
     }
@@ -314,15 +314,26 @@ impl Kernel for Scaled<'_> {
 /// The id of the largest of `logits` `[vocab]`, the lowest one of equals.
 ///
 /// # Errors
-/// [`Error::Internal`] if an entry is not a number or plus infinity, or if none is finite.
+/// As [`largest`].
 pub fn argmax(logits: &[f32]) -> Result<u32> {
-    let Some(max) = Body::best().run(Largest(logits)) else {
-        let (id, logit) = logits.iter().enumerate().find(|(_, x)| !is_logit(**x)).unwrap_or((0, &f32::NAN));
-        return Err(Error::Internal(format!("the model gave {logit} as the logit of token {id}")));
-    };
-    match logits.iter().position(|&x| x == max) {
-        Some(id) if max > f32::NEG_INFINITY => Ok(id as u32),
-        _ => Err(Error::Internal("no token is possible: every logit is minus infinity".to_owned())),
+    let max = largest(logits)?;
+    Ok(between(logits, max, f32::INFINITY).first().copied().unwrap_or_default())
+}
+
+/// The largest of `logits`.
+///
+/// # Errors
+/// [`Error::Internal`] if an entry is not a number or plus infinity, or if none is finite.
+pub(super) fn largest(logits: &[f32]) -> Result<f32> {
+    match Body::best().run(Largest(logits)) {
+        Some(f32::NEG_INFINITY) => {
+            Err(Error::Internal("no token is possible: every logit is minus infinity".to_owned()))
+        }
+        Some(max) => Ok(max),
+        None => {
+            let (id, logit) = logits.iter().enumerate().find(|(_, x)| !is_logit(**x)).unwrap_or((0, &f32::NAN));
+            Err(Error::Internal(format!("the model gave {logit} as the logit of token {id}")))
+        }
     }
 }
 

@@ -2,8 +2,6 @@
 
 use super::lanes::{Body, Isa, Kernel, LANES};
 
-/// Numbers that are looked at one by one if the largest of them is wanted.
-const BLOCK: usize = 64;
 /// Rows of sixteen numbers whose largest are found together.
 const DEPTH: usize = 16;
 
@@ -22,13 +20,18 @@ pub(super) fn id(rank: u64) -> u32 {
 
 /// The ids of the `count` largest of `x`, best first. None may be NaN.
 pub(super) fn best(x: &[f32], count: usize) -> Vec<u32> {
+    best_ranks(x, count).into_iter().map(id).collect()
+}
+
+/// [`best`] as [`rank`]s.
+pub(super) fn best_ranks(x: &[f32], count: usize) -> Vec<u64> {
     let mut ranks = ranks(x, count);
     if (1..ranks.len()).contains(&count) {
         ranks.select_nth_unstable(count - 1);
     }
     ranks.truncate(count);
     ranks.sort_unstable();
-    ranks.into_iter().map(id).collect()
+    ranks
 }
 
 /// [`rank`]s among which are those of the `count` largest of `x`.
@@ -41,12 +44,12 @@ fn ranks(x: &[f32], count: usize) -> Vec<u64> {
     }
     // As many numbers as `count` are no smaller than this.
     let (_, least, _) = tops.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a));
-    at_least(x, *least).into_iter().map(rank_of).collect()
+    between(x, *least, f32::INFINITY).into_iter().map(rank_of).collect()
 }
 
-/// The ids of the numbers of `x` that are `least` or more, ascending.
-pub(super) fn at_least(x: &[f32], least: f32) -> Vec<u32> {
-    Body::best().run(AtLeast { x, least })
+/// The ids of the numbers of `x` from `low` to `high`, both included, and of NaNs, ascending.
+pub(super) fn between(x: &[f32], low: f32, high: f32) -> Vec<u32> {
+    Body::best().run(Between { x, low, high })
 }
 
 /// The largest of every group of [`DEPTH`] numbers, which need not be neighbours; numbers that fill no group are given one by one.
@@ -73,36 +76,30 @@ impl Kernel for Tops<'_> {
     }
 }
 
-struct AtLeast<'a> {
+struct Between<'a> {
     x: &'a [f32],
-    least: f32,
+    low: f32,
+    high: f32,
 }
 
-impl Kernel for AtLeast<'_> {
+impl Kernel for Between<'_> {
     type Output = Vec<u32>;
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> Vec<u32> {
         let mut found = Vec::new();
-        for (index, block) in self.x.chunks(BLOCK).enumerate() {
-            let (full, tail) = block.as_chunks::<LANES>();
-            let mut tops = isa.splat(f32::NEG_INFINITY);
-            for x in full {
-                tops = isa.max(isa.load(x), tops);
+        let (low, high) = (isa.splat(self.low), isa.splat(self.high));
+        let (full, tail) = self.x.as_chunks::<LANES>();
+        for (first, x) in (0..).step_by(LANES).zip(full) {
+            let x = isa.load(x);
+            let mut inside = !(isa.less(x, low) | isa.less(high, x));
+            while inside != 0 {
+                found.push(first + inside.trailing_zeros());
+                inside &= inside - 1;
             }
-            let mut lanes = [0.0; LANES];
-            isa.store(tops, &mut lanes);
-            if !lanes.iter().chain(tail).any(|top| *top >= self.least) {
-                continue;
-            }
-            // Without a branch for each: which ones they are cannot be foreseen.
-            let (mut ids, mut count) = ([0; BLOCK], 0);
-            for (id, x) in ((index * BLOCK) as u32..).zip(block) {
-                ids[count] = id;
-                count += usize::from(*x >= self.least);
-            }
-            found.extend_from_slice(&ids[..count]);
         }
+        let tail = ((full.len() * LANES) as u32..).zip(tail);
+        found.extend(tail.filter(|(_, x)| !(**x < self.low || self.high < **x)).map(|(id, _)| id));
         found
     }
 }
@@ -149,12 +146,15 @@ mod tests {
     }
 
     #[test]
-    fn numbers_from_a_bound_on_are_found_in_order() {
-        for len in [0, 1, 63, 64, 65, 1000] {
-            let x = numbers(len);
-            for least in [f32::NEG_INFINITY, -50.0, 0.0, 98.0, 99.5, f32::INFINITY] {
-                let expected: Vec<u32> = (0..len as u32).filter(|id| x[*id as usize] >= least).collect();
-                assert_eq!(at_least(&x, least), expected, "{least} of {len}");
+    fn numbers_between_bounds_are_found_in_order() {
+        let bounds = [f32::NEG_INFINITY, -50.0, 0.0, 98.0, 99.5, f32::INFINITY];
+        let outside = |x: f32, low, high| x < low || x > high;
+        for len in [0, 1, 15, 16, 17, 1000] {
+            let mut x = numbers(len);
+            x.iter_mut().step_by(23).for_each(|x| *x = f32::NAN);
+            for (low, high) in bounds.iter().flat_map(|low| bounds.map(|high| (*low, high))) {
+                let expected: Vec<u32> = (0..len as u32).filter(|id| !outside(x[*id as usize], low, high)).collect();
+                assert_eq!(between(&x, low, high), expected, "{low}..{high} of {len}");
             }
         }
     }

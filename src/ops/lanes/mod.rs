@@ -48,6 +48,10 @@ pub(super) trait Isa: Copy + Send + Sync {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// a < b ? yes : no.
     fn select_less(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
+    /// a < b ? sum + x : sum.
+    fn add_where_less(self, sum: Self::V, a: Self::V, b: Self::V, x: Self::V) -> Self::V;
+    /// Bit i is a < b in lane i.
+    fn less(self, a: Self::V, b: Self::V) -> u16;
     /// v * 2^n for n = t - 1.5 * 2^23, where both v and the result are normal.
     fn scale_by_power(self, v: Self::V, t: Self::V) -> Self::V;
     fn splat_int(self, x: i32) -> Self::Q;
@@ -328,6 +332,8 @@ mod tests {
             let (a, b, c) = (v[0], v[1], v[2]);
             results.extend([isa.fma(a, b, c), isa.add(a, b), isa.sub(a, b), isa.mul(a, b), isa.div(a, b)]);
             results.extend([isa.max(a, b), isa.select_less(a, b, c, v[3])]);
+            results.push(isa.add_where_less(a, b, c, v[3]));
+            results.extend([isa.less(a, b), isa.less(b, c), isa.less(c, c)].map(|mask| isa.splat(f32::from(mask))));
             let halves = self.0[4].map(f16::from_f32);
             let brains = self.0[5].map(bf16::from_f32);
             results.extend([isa.load_f16(&halves), isa.load_bf16(&brains)]);

@@ -85,6 +85,16 @@ impl Isa for Portable {
     }
 
     #[inline(always)]
+    fn add_where_less(self, sum: V, a: V, b: V, x: V) -> V {
+        std::array::from_fn(|i| if a[i] < b[i] { sum[i] + x[i] } else { sum[i] })
+    }
+
+    #[inline(always)]
+    fn less(self, a: V, b: V) -> u16 {
+        (0..LANES).fold(0, |mask, i| mask | u16::from(a[i] < b[i]) << i)
+    }
+
+    #[inline(always)]
     fn scale_by_power(self, v: V, t: V) -> V {
         zip(v, t, |v, t| f32::from_bits(v.to_bits().wrapping_add(t.to_bits() << 23)))
     }

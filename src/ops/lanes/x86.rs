@@ -134,6 +134,18 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn add_where_less(self, sum: __m512, a: __m512, b: __m512, x: __m512) -> __m512 {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), sum, x) }
+    }
+
+    #[inline(always)]
+    fn less(self, a: __m512, b: __m512) -> u16 {
+        // SAFETY: AVX-512F.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b) }
+    }
+
+    #[inline(always)]
     fn scale_by_power(self, v: __m512, t: __m512) -> __m512 {
         // SAFETY: AVX-512F.
         unsafe {
@@ -438,6 +450,18 @@ impl Isa for Avx2 {
             let high = _mm256_blendv_ps(no[1], yes[1], _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1]));
             [low, high]
         }
+    }
+
+    #[inline(always)]
+    fn add_where_less(self, sum: Pair, a: Pair, b: Pair, x: Pair) -> Pair {
+        self.select_less(a, b, self.add(sum, x), sum)
+    }
+
+    #[inline(always)]
+    fn less(self, a: Pair, b: Pair) -> u16 {
+        // SAFETY: AVX.
+        let mask = |i: usize| unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a[i], b[i])) };
+        (mask(0) | mask(1) << 8) as u16
     }
 
     #[inline(always)]

@@ -1,24 +1,19 @@
 //! Draws tokens from rows of logits: temperature, top-k, top-p, min-p, then one uniform number for each row.
 //! Pure: the randomness is a function of a key and a counter, so a token never depends on what ran beside it.
 
+mod weights;
+
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::kernels;
-use super::lanes::{Body, Isa, Kernel, LANES, store_part, widen_part};
-use super::logprobs::argmax;
+use super::logprobs::{argmax, largest};
 use super::parallel::filled;
-use super::select::{self, at_least, best, rank};
 use super::storage::slice;
 use crate::error::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 #[cfg(feature = "cuda")]
 use candle_core::{CudaStorage, DType};
-
-/// Tokens whose weights are added up together, lane by lane, before blocks are.
-const BLOCK: usize = 256;
-
-/// Tokens that are sorted to find the last one of a nucleus.
-const SORTED_MAX: usize = 64;
+use weights::Weights;
 
 /// Which tokens stay possible, and how sharply they differ. Applied in the order of the fields.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,114 +36,23 @@ pub fn uniform(seed: u64, counter: u64) -> f64 {
 }
 
 /// The token of `logits` `[vocab]` at which the cumulative probability, in id order and after `filters`, exceeds
-/// `uniform` in `[0, 1)`. Entries of minus infinity are never drawn. Sums are f64, in an order that depends on nothing but the row.
+/// `uniform` in `[0, 1)`. Entries of minus infinity are never drawn. Sums have an order that depends on nothing but the row.
 ///
 /// # Errors
 /// [`Error::Internal`] if an entry is not a number or plus infinity, or if none is finite; [`Error::Invalid`] if a
 /// filter is out of range.
 pub fn pick(logits: &[f32], filters: &Filters, uniform: f64) -> Result<u32> {
     filters.check()?;
-    let first = argmax(logits)?;
+    let max = largest(logits)?;
     if filters.temperature == 0.0 {
-        return Ok(first);
+        return argmax(logits);
     }
-    let (weights, sums) = weights(logits, logits[first as usize], filters.temperature);
-    if (filters.top_k, filters.top_p, filters.min_p) == (0, 1.0, 0.0) {
-        return Ok(locate(&weights, &sums, uniform).unwrap_or(first));
+    let mut weights = Weights::new(logits, max, filters.temperature);
+    let last = weights.last(filters.top_k, f64::from(filters.top_p));
+    if last.is_some() || filters.min_p > 0.0 {
+        weights.keep(last, filters.min_p);
     }
-    Ok(invert(&possible(logits, &weights, &sums, filters), &weights, uniform).unwrap_or(first))
-}
-
-/// What `filters` leave, in id order.
-fn possible(logits: &[f32], weights: &[f32], sums: &[f64], filters: &Filters) -> Vec<u32> {
-    let share = f64::from(filters.top_p);
-    let (mut kept, total) = if filters.top_k == 0 {
-        let total: f64 = sums.iter().sum();
-        // Together, tokens below this cannot fill the mass outside the nucleus, so none of them belongs to it: what is left is short
-        // even for a large vocabulary.
-        let negligible = ((1.0 - share) * total / logits.len() as f64) as f32;
-        (at_least(weights, filters.min_p.max(negligible.next_down())), total)
-    } else {
-        let mut kept = best(logits, filters.top_k);
-        kept.sort_unstable();
-        let total = kept.iter().map(|token| f64::from(weights[*token as usize])).sum();
-        (kept, total)
-    };
-    if share < 1.0 {
-        keep_nucleus(&mut kept, logits, weights, share * total);
-    }
-    // The most probable token has weight 1.
-    kept.retain(|token| weights[*token as usize] >= filters.min_p);
-    kept
-}
-
-/// What tokens weigh, in units of the most probable one, and the sum of every block.
-fn weights(logits: &[f32], max: f32, temperature: f32) -> (Vec<f32>, Vec<f64>) {
-    let (mut weights, mut sums) = (vec![0.0; logits.len()], vec![0.0; logits.len().div_ceil(BLOCK)]);
-    Body::best().run(Weigh { logits, max, temperature, weights: &mut weights, sums: &mut sums });
-    (weights, sums)
-}
-
-struct Weigh<'a> {
-    logits: &'a [f32],
-    max: f32,
-    temperature: f32,
-    weights: &'a mut [f32],
-    sums: &'a mut [f64],
-}
-
-impl Kernel for Weigh<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let (max, temperature) = (isa.splat(self.max), isa.splat(self.temperature));
-        let blocks = self.logits.chunks(BLOCK).zip(self.weights.chunks_mut(BLOCK));
-        for ((logits, weights), sum) in blocks.zip(self.sums) {
-            let mut lanes = [0.0; LANES];
-            let (full, tail) = logits.as_chunks::<LANES>();
-            let (full_weights, tail_weights) = weights.as_chunks_mut::<LANES>();
-            for (logits, weights) in full.iter().zip(full_weights) {
-                let scaled = isa.div(isa.sub(isa.load(logits), max), temperature);
-                isa.store(isa.exp(scaled), weights);
-                (0..LANES).for_each(|lane| lanes[lane] += f64::from(weights[lane]));
-            }
-            let scaled = isa.div(isa.sub(widen_part(isa, tail), max), temperature);
-            store_part(isa, isa.exp(scaled), tail_weights);
-            lanes.iter_mut().zip(tail_weights).for_each(|(lane, weight)| *lane += f64::from(*weight));
-            for half in [8, 4, 2, 1] {
-                for i in 0..half {
-                    lanes[i] += lanes[i + half];
-                }
-            }
-            *sum = lanes[0];
-        }
-    }
-}
-
-/// The token at which the running sum of all `weights` exceeds its share, block by block; `sums` are those of the blocks.
-fn locate(weights: &[f32], sums: &[f64], uniform: f64) -> Option<u32> {
-    let total: f64 = sums.iter().sum();
-    let (target, mut mass, mut last) = (uniform * total, 0.0, None);
-    for (block, (weights, sum)) in weights.chunks(BLOCK).zip(sums).enumerate().filter(|(_, (_, sum))| **sum > 0.0) {
-        last = Some((block * BLOCK, weights, mass));
-        if mass + sum > target {
-            break;
-        }
-        mass += sum;
-    }
-    // A share that was rounded up to the sum means the last token of its block.
-    let (first, weights, before) = last?;
-    let mut mass = before;
-    let mut found = None;
-    for (token, weight) in (first as u32..).zip(weights).filter(|(_, weight)| **weight > 0.0) {
-        mass += f64::from(*weight);
-        found = Some(token);
-        if mass > target {
-            break;
-        }
-    }
-    found
+    weights.locate(uniform).map_or_else(|| argmax(logits), Ok)
 }
 
 /// How one row is drawn from.
@@ -239,52 +143,6 @@ impl Filters {
             None => Ok(()),
         }
     }
-}
-
-/// Cuts `kept` to the fewest most probable tokens whose weights reach `wanted`.
-fn keep_nucleus(kept: &mut Vec<u32>, logits: &[f32], weights: &[f32], wanted: f64) {
-    let weight = |rank: &u64| f64::from(weights[select::id(*rank) as usize]);
-    let mut ranks: Vec<u64> = kept.iter().map(|&token| rank(logits[token as usize], token)).collect();
-    // Those before `open` belong to the nucleus, those after it do not.
-    let (mut open, mut mass) = (0..ranks.len(), 0.0);
-    while open.len() > SORTED_MAX {
-        let half = open.len() / 2;
-        let (better, _, _) = ranks[open.clone()].select_nth_unstable(half);
-        let added: f64 = better.iter().map(weight).sum();
-        if mass + added >= wanted {
-            open.end = open.start + half;
-        } else {
-            mass += added;
-            open.start += half;
-        }
-    }
-    let open = &mut ranks[open];
-    open.sort_unstable();
-    let crossing = open.iter().position(|rank| {
-        mass += weight(rank);
-        mass >= wanted
-    });
-    if let Some(last) = crossing.and_then(|index| open.get(index)).or(open.last()) {
-        kept.retain(|&token| rank(logits[token as usize], token) <= *last);
-    }
-}
-
-/// Inverse of the cumulative distribution; `None` only if nothing has weight.
-fn invert(kept: &[u32], weights: &[f32], uniform: f64) -> Option<u32> {
-    let weight = |token: &u32| f64::from(weights[*token as usize]);
-    let total: f64 = kept.iter().map(weight).sum();
-    let target = uniform * total;
-    let mut mass = 0.0;
-    let mut last = None;
-    for token in kept.iter().filter(|token| weight(token) > 0.0) {
-        mass += weight(token);
-        last = Some(*token);
-        if mass > target {
-            break;
-        }
-    }
-    // Without a break the product was rounded up to the total: the last possible token is meant.
-    last
 }
 
 /// Philox4x32-10: ten rounds of multiplication and exclusive-or on a 128-bit counter under a 64-bit key (Salmon,
@@ -415,56 +273,6 @@ mod tests {
         check(&logits, Filters { min_p: 0.49, ..PLAIN }, &[0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0]);
         check(&logits, Filters { min_p: 0.51, ..PLAIN }, &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
         check(&logits, Filters { min_p: 1.0, ..PLAIN }, &[0.0, 1.0, 0.0, 0.0]);
-    }
-
-    #[test]
-    fn the_short_cut_of_top_p_agrees_with_a_full_sort() {
-        let mut state = 0;
-        for round in 0..200u64 {
-            let logits: Vec<f32> = (0..300)
-                .map(|_| {
-                    state += 1;
-                    // Coarse steps make ties.
-                    (uniform(round, state) * 40.0).floor() as f32 * 0.25
-                })
-                .collect();
-            let top_p = uniform(round, u64::MAX) as f32;
-            let mut all: Vec<u32> = (0..300).collect();
-            let (weights, sums) = weights(&logits, logits[argmax(&logits).unwrap() as usize], 1.0);
-            all.sort_by_key(|&token| rank(logits[token as usize], token));
-            let total: f64 = sums.iter().sum();
-            let (mut mass, mut expected) = (0.0, Vec::new());
-            for &id in &all {
-                expected.push(id);
-                mass += f64::from(weights[id as usize]);
-                if mass >= f64::from(top_p) * total {
-                    break;
-                }
-            }
-            expected.sort_unstable();
-            assert_eq!(possible(&logits, &weights, &sums, &Filters { top_p, ..PLAIN }), expected);
-        }
-    }
-
-    #[test]
-    fn a_large_vocabulary_is_searched_block_by_block_as_token_by_token() {
-        for len in [1, 255, 256, 257, 1031, 5000] {
-            let logits: Vec<f32> =
-                (0..len).map(|i| uniform(5, i) as f32 * 20.0 - if i % 7 == 0 { 200.0 } else { 0.0 }).collect();
-            let (weights, sums) = weights(&logits, logits[argmax(&logits).unwrap() as usize], 0.8);
-            let total: f64 = weights.iter().copied().map(f64::from).sum();
-            let mut running = 0.0;
-            for (token, weight) in weights.iter().enumerate().filter(|(_, weight)| **weight > 0.0) {
-                // In the middle of a token, so that rounding decides nothing.
-                let at = (running + 0.5 * f64::from(*weight)) / total;
-                running += f64::from(*weight);
-                if *weight > 1e-5 {
-                    assert_eq!(locate(&weights, &sums, at), Some(token as u32), "{len}");
-                }
-            }
-            assert_eq!(locate(&weights, &sums, 1.0).map(|token| weights[token as usize] > 0.0), Some(true));
-        }
-        assert_eq!(locate(&[0.0; 300], &[0.0; 2], 0.5), None);
     }
 
     #[test]
