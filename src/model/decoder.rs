@@ -7,7 +7,7 @@ use super::config::ModelConfig;
 use super::mlp::Mlp;
 use super::weights::Weights;
 use crate::error::Result;
-use crate::ops::embed::embed;
+use crate::ops::embed::{embed, select};
 use crate::ops::linear::Linear;
 use crate::ops::parameter::Parameter;
 use crate::ops::place::Place;
@@ -64,14 +64,26 @@ pub(super) struct Layer {
 /// What a layer computed on its way, `[T, ..]` each: what its gradients are computed from.
 #[derive(Debug)]
 pub(super) struct Trace {
+    pub(super) attended: Attended,
+    pub(super) fed: Fed,
+}
+
+/// What a layer computed up to its attention.
+#[derive(Debug)]
+pub(super) struct Attended {
     /// Sum of everything before the layer.
     pub(super) x: Tensor,
     normed: Tensor,
     qkv: Tensor,
-    attended: Tensor,
-    /// `x` and what attention added.
+    heads: Tensor,
+}
+
+/// What a layer computed from there on.
+#[derive(Debug)]
+pub(super) struct Fed {
+    /// The sum before the layer and what attention added.
     pub(super) y: Tensor,
-    mlp_normed: Tensor,
+    normed: Tensor,
     /// None where there are no gradients: of experts, and of weights laid out for serving.
     gate_up: Option<Tensor>,
 }
@@ -115,21 +127,35 @@ impl Decoder {
         &self.place
     }
 
-    /// Hidden states `[T, hidden]` after the final norm, for `tokens` `[T]` u32 at `positions` `[T]` u32.
+    /// Hidden states `[R, hidden]` after the final norm of the rows `read` `[R]` u32, or of all, for `tokens` `[T]` u32 at `positions`
+    /// `[T]` u32. Of the last layer's rows the others go no further than its attention, which keeps what later steps need of them.
     ///
     /// # Errors
     /// If a token is outside the vocabulary, a position outside the table, or a tensor operation fails.
-    pub fn forward(&self, tokens: &Tensor, positions: &Tensor, attention: &dyn Attention) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        tokens: &Tensor,
+        positions: &Tensor,
+        attention: &dyn Attention,
+        read: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let rows = Rows { positions, attention };
         let (mut residual, mut added) = (embed(tokens, &self.embedding)?, None);
         for index in 0..self.layers.len() {
-            let (trace, mlp) = self.layer(index, residual, added, &rows)?;
-            (residual, added) = (trace.y, Some(mlp));
+            let Attended { mut x, mut heads, .. } = self.attend(index, residual, added, &rows)?;
+            if let Some(read) = read.filter(|_| index + 1 == self.layers.len()) {
+                if read.elem_count() == 0 {
+                    return Ok(x.narrow(0, 0, 0)?);
+                }
+                (x, heads) = (select(&x, read)?, select(&heads, read)?);
+            }
+            let (fed, mlp) = self.feed(index, x, &heads)?;
+            (residual, added) = (fed.y, Some(mlp));
         }
         Ok(self.finish(residual, added)?.1)
     }
 
-    /// Layer `index` on `residual` `[T, hidden]` and what the layer before `added` to it: its trace, whose `y` is the new residual,
+    /// Layer `index` on `residual` `[T, hidden]` and what the layer before `added` to it: its trace, whose `fed.y` is the new residual,
     /// and what its mlp adds to that, `[T, hidden]`.
     pub(super) fn layer<A: Attention + ?Sized>(
         &self,
@@ -138,13 +164,32 @@ impl Decoder {
         added: Option<Tensor>,
         rows: &Rows<'_, A>,
     ) -> Result<(Trace, Tensor)> {
+        let attended = self.attend(index, residual, added, rows)?;
+        let (fed, mlp) = self.feed(index, attended.x.clone(), &attended.heads)?;
+        Ok((Trace { attended, fed }, mlp))
+    }
+
+    /// The first half of [`Decoder::layer`].
+    fn attend<A: Attention + ?Sized>(
+        &self,
+        index: usize,
+        residual: Tensor,
+        added: Option<Tensor>,
+        rows: &Rows<'_, A>,
+    ) -> Result<Attended> {
         let layer = &self.layers[index];
         let (x, normed) = add_norm(residual, added, &layer.attention_norm, self.eps)?;
         let qkv = layer.qkv.forward(&normed)?;
-        let attended = rows.attention.attend(index, &qkv, &self.turn(layer, rows.positions))?;
-        let (y, mlp_normed) = add_norm(layer.output.forward(&attended)?, Some(x.clone()), &layer.mlp_norm, self.eps)?;
-        let (mlp, gate_up) = layer.mlp.forward(&mlp_normed)?;
-        Ok((Trace { x, normed, qkv, attended, y, mlp_normed, gate_up }, mlp))
+        let heads = rows.attention.attend(index, &qkv, &self.turn(layer, rows.positions))?;
+        Ok(Attended { x, normed, qkv, heads })
+    }
+
+    /// The second half of [`Decoder::layer`], from the sum before the layer and what its heads gave, `[T, heads * head_dim]`.
+    fn feed(&self, index: usize, x: Tensor, heads: &Tensor) -> Result<(Fed, Tensor)> {
+        let layer = &self.layers[index];
+        let (y, normed) = add_norm(layer.output.forward(heads)?, Some(x), &layer.mlp_norm, self.eps)?;
+        let (mlp, gate_up) = layer.mlp.forward(&normed)?;
+        Ok((Fed { y, normed, gate_up }, mlp))
     }
 
     fn turn<'a>(&'a self, layer: &Layer, positions: &'a Tensor) -> Turn<'a> {
@@ -171,16 +216,16 @@ impl Decoder {
         d: Tensor,
         rows: &Rows<'_, A>,
     ) -> Result<Tensor> {
-        let layer = &self.layers[index];
-        let d_normed = layer.mlp.backward(&trace.mlp_normed, trace.gate_up.as_ref(), &d)?;
-        rms_norm_backward(&d, &trace.y, &layer.mlp_norm, self.eps, &d_normed)?;
-        let d_attended = layer.output.backward(&trace.attended, &d)?;
+        let (layer, Trace { attended, fed }) = (&self.layers[index], trace);
+        let d_normed = layer.mlp.backward(&fed.normed, fed.gate_up.as_ref(), &d)?;
+        rms_norm_backward(&d, &fed.y, &layer.mlp_norm, self.eps, &d_normed)?;
+        let d_heads = layer.output.backward(&attended.heads, &d)?;
         let turn = self.turn(layer, rows.positions);
-        let [q, k, v] = split_rope(&trace.qkv, &turn)?;
-        let d_qkv = rows.attention.attend_backward([&q, &k, &v], &d_attended)?;
+        let [q, k, v] = split_rope(&attended.qkv, &turn)?;
+        let d_qkv = rows.attention.attend_backward([&q, &k, &v], &d_heads)?;
         split_rope_backward(&d_qkv, &turn)?;
-        let d_normed = layer.qkv.backward(&trace.normed, &d_qkv)?;
-        rms_norm_backward(&d, &trace.x, &layer.attention_norm, self.eps, &d_normed)?;
+        let d_normed = layer.qkv.backward(&attended.normed, &d_qkv)?;
+        rms_norm_backward(&d, &attended.x, &layer.attention_norm, self.eps, &d_normed)?;
         Ok(d)
     }
 }

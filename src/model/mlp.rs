@@ -12,6 +12,10 @@ use crate::ops::parameter::Parameter;
 use crate::ops::place::Place;
 use crate::ops::swiglu::{swiglu, swiglu_backward};
 
+/// Rows that go through quantised weights together: what lies between the two products of more would be larger than the caches, and of
+/// a long step more memory than all else.
+const ROWS_TOGETHER: usize = 128;
+
 #[derive(Debug)]
 pub(super) enum Mlp {
     Gated(Gated),
@@ -138,7 +142,46 @@ impl Gated {
         if let Some(y) = linear::gated(x, &self.gate_up, &self.down)? {
             return Ok((y, None));
         }
+        let rows = x.dim(0)?;
+        if rows > ROWS_TOGETHER && self.gate_up.weight().is_quantized() {
+            let some = |first| x.narrow(0, first, ROWS_TOGETHER.min(rows - first));
+            let parts = (0..rows).step_by(ROWS_TOGETHER).map(|first| Ok(self.forward(&some(first)?)?.0));
+            return Ok((Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?, None));
+        }
         let gate_up = self.gate_up.forward(x)?;
         Ok((self.down.forward(&swiglu(&gate_up)?)?, Some(gate_up)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use candle_core::Device;
+
+    use super::*;
+    use crate::ops::quantized::{Format, Matrix, quantize};
+    use crate::ops::sample::uniform;
+
+    fn numbers(seed: u64, count: usize) -> Vec<f32> {
+        (0..count as u64).map(|i| uniform(seed, i) as f32 - 0.5).collect()
+    }
+
+    fn quantised(seed: u64, rows: usize, k: usize) -> Linear {
+        let matrix = Matrix { format: Format::Q8_0, rows, k };
+        let blocks = quantize(matrix.format, &numbers(seed, rows * k));
+        Linear::dense(Parameter::quantized(matrix, &blocks, &Device::Cpu).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn many_rows_through_quantised_weights_have_the_bits_of_few() {
+        let gated = Gated { gate_up: quantised(1, 192, 64), down: quantised(2, 64, 96) };
+        let count = 2 * ROWS_TOGETHER + 5;
+        let x = Tensor::from_vec(numbers(3, count * 64), (count, 64), &Device::Cpu).unwrap();
+        let bits = |x: &Tensor| -> Vec<u32> {
+            let found = gated.forward(x).unwrap().0;
+            found.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+        };
+        let few = (0..count).step_by(50).map(|first| x.narrow(0, first, 50.min(count - first)).unwrap());
+        assert_eq!(bits(&x), few.flat_map(|x| bits(&x)).collect::<Vec<_>>());
     }
 }

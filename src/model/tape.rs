@@ -51,10 +51,10 @@ impl Decoder {
         let mut layers = Vec::with_capacity(self.layers.len());
         for index in 0..self.layers.len() {
             let (trace, mlp) = self.layer(index, residual, added, &rows)?;
-            (residual, added) = (trace.y.clone(), Some(mlp));
+            (residual, added) = (trace.fed.y.clone(), Some(mlp));
             layers.push(match keep {
                 Keep::Everything => Kept::Trace(trace),
-                Keep::Inputs => Kept::Input(trace.x),
+                Keep::Inputs => Kept::Input(trace.attended.x),
             });
         }
         let (x, hidden) = self.finish(residual, added)?;

@@ -314,16 +314,13 @@ impl Kernel for Scaled<'_> {
 /// The id of the largest of `logits` `[vocab]`, the lowest one of equals.
 ///
 /// # Errors
-/// As [`largest`].
+/// [`Error::Internal`] if an entry is not a number or plus infinity, or if none is finite.
 pub fn argmax(logits: &[f32]) -> Result<u32> {
     let max = largest(logits)?;
     Ok(between(logits, max, f32::INFINITY).first().copied().unwrap_or_default())
 }
 
-/// The largest of `logits`.
-///
-/// # Errors
-/// [`Error::Internal`] if an entry is not a number or plus infinity, or if none is finite.
+/// The largest of `logits`; errors are those of [`argmax`].
 pub(super) fn largest(logits: &[f32]) -> Result<f32> {
     match Body::best().run(Largest(logits)) {
         Some(f32::NEG_INFINITY) => {

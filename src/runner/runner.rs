@@ -45,13 +45,14 @@ impl Runner {
         &self.cache
     }
 
-    /// Hidden states `[T, hidden]` of all rows.
+    /// Hidden states `[R, hidden]` of the rows that are read.
     ///
     /// # Errors
     /// If a tensor operation fails.
     pub fn forward(&self, inputs: &Inputs<'_>) -> Result<Tensor> {
         let paged = Paged { cache: &self.cache, inputs };
-        self.model.decoder.forward(&inputs.tokens, &inputs.positions, &paged)
+        let some = inputs.integers.reads.len() < inputs.integers.tokens.len();
+        self.model.decoder.forward(&inputs.tokens, &inputs.positions, &paged, some.then_some(&inputs.reads))
     }
 }
 
@@ -66,10 +67,7 @@ impl Executor for Runner {
         let hidden = self.forward(&inputs)?;
         let mut output = StepOutput { outcomes: plan.chunks.iter().map(|_| nothing()).collect() };
         for (index, reads) in batch.reads.chunks(HEAD_ROWS_MAX).enumerate() {
-            let rows = match reads.len() == batch.tokens.len() {
-                true => hidden.clone(),
-                false => select(&hidden, &inputs.reads.narrow(0, index * HEAD_ROWS_MAX, reads.len())?)?,
-            };
+            let rows = hidden.narrow(0, index * HEAD_ROWS_MAX, reads.len())?;
             let found = match &self.model.head {
                 Head::Language(head) => read_logits(head, &rows, reads, plan)?,
                 Head::Reward(head) => read_rewards(head, &rows, reads, plan)?,

@@ -72,9 +72,10 @@ impl Learner {
     /// If a token is outside the vocabulary or a text longer than the model's context, or a tensor operation fails.
     pub fn read(&self, packed: &Packed) -> Result<Vec<Reading>> {
         let [tokens, positions] = self.inputs(packed)?;
-        let hidden = self.model.decoder.forward(&tokens, &positions, &self.segments(packed))?;
         let rows = Rows::of(packed, &self.model.head);
-        rows.readings(&self.model.head, &rows.select(&hidden)?)
+        let read = rows.indices(&self.device)?;
+        let hidden = self.model.decoder.forward(&tokens, &positions, &self.segments(packed), Some(&read))?;
+        rows.readings(&self.model.head, &hidden)
     }
 
     /// What the model says of each text of `packed`; adds to the gradient of every trained weight what follows from `slopes`.
@@ -86,9 +87,9 @@ impl Learner {
         let (segments, head) = (self.segments(packed), &self.model.head);
         let tape = self.model.decoder.forward_kept(&tokens, &positions, &segments, self.keep)?;
         let rows = Rows::of(packed, head);
-        let hidden = rows.select(tape.hidden())?;
-        let (readings, d_rows) = rows.learn(head, &hidden, slopes)?;
-        let d_hidden = tape.hidden().zeros_like()?.index_add(&rows.indices(&self.device)?, &d_rows, 0)?;
+        let read = rows.indices(&self.device)?;
+        let (readings, d_rows) = rows.learn(head, &tape.hidden().index_select(&read, 0)?, slopes)?;
+        let d_hidden = tape.hidden().zeros_like()?.index_add(&read, &d_rows, 0)?;
         tape.backward(&d_hidden)?;
         Ok(readings)
     }
@@ -137,11 +138,6 @@ impl Rows {
 
     fn indices(&self, device: &Device) -> Result<Tensor> {
         Ok(Tensor::new(&self.rows[..], device)?)
-    }
-
-    /// `[R, hidden]` of `[T, hidden]`.
-    fn select(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(hidden.index_select(&self.indices(hidden.device())?, 0)?)
     }
 
     /// What `head` says of each text, from its rows of hidden states `[R, hidden]`.

@@ -116,9 +116,15 @@ fn execute(runner: &mut Runner, chunks: Vec<Chunk>) -> Vec<Outcome> {
 
 /// Hidden states of all rows of `chunks`, `[T][hidden]`.
 fn hidden(runner: &Runner, chunks: Vec<Chunk>) -> Tensor {
+    let all: Vec<u32> = (0..chunks.iter().map(|chunk| chunk.tokens.len() as u32).sum()).collect();
+    hidden_of(&all, runner, chunks)
+}
+
+/// Hidden states of some rows of `chunks`.
+fn hidden_of(reads: &[u32], runner: &Runner, chunks: Vec<Chunk>) -> Tensor {
     let bounds = Bounds::new(&runner.model().config, runner.cache());
     let batch = ForwardBatch::new(&StepPlan { chunks }, &bounds).unwrap();
-    runner.forward(&batch.inputs(&[], runner.model()).unwrap()).unwrap()
+    runner.forward(&batch.inputs(reads, runner.model()).unwrap()).unwrap()
 }
 
 fn floats(tensor: &Tensor) -> Vec<f32> {
@@ -284,7 +290,7 @@ pub(crate) fn packed(model: &Model, prompts: &[Vec<TokenId>]) -> Tensor {
     let packed =
         Packed { starts, window: model.config.window, scale: (1.0 / (model.config.head_dim as f64).sqrt()) as f32 };
     let tokens = Tensor::new(prompts.concat(), &Device::Cpu).unwrap();
-    model.decoder.forward(&tokens, &Tensor::new(positions, &Device::Cpu).unwrap(), &packed).unwrap()
+    model.decoder.forward(&tokens, &Tensor::new(positions, &Device::Cpu).unwrap(), &packed, None).unwrap()
 }
 
 #[track_caller]
@@ -344,6 +350,22 @@ fn a_chunk_sees_what_an_earlier_chunk_of_the_same_step_writes() {
         let chunks = [(0, 40), (40, 48), (48, prompt.len())]
             .map(|(start, end)| track.chunk(start, end, Rows::Nothing, Want::Nothing));
         check_bits(&name, &hidden(&runner, chunks.to_vec()), &expected);
+    }
+}
+
+#[test]
+fn rows_that_are_not_read_change_nothing() {
+    for (name, folder, model) in models() {
+        let prompt = prompts(&folder).pop().unwrap();
+        let expected = packed(&model, std::slice::from_ref(&prompt));
+        let runner = runner(model, 16, 8);
+        let track = Track::new(0, 1, &prompt, 16);
+        let chunk = |start, end| vec![track.chunk(start, end, Rows::Nothing, Want::Nothing)];
+        assert_eq!(hidden_of(&[], &runner, chunk(0, 40)).dims(), [0, runner.model().config.hidden]);
+        let reads = [0, 5, prompt.len() as u32 - 41];
+        let places = Tensor::new(&reads.map(|read| read + 40), &Device::Cpu).unwrap();
+        let expected = expected.index_select(&places, 0).unwrap();
+        check_bits(&name, &hidden_of(&reads, &runner, chunk(40, prompt.len())), &expected);
     }
 }
 
