@@ -84,7 +84,7 @@ pub(super) struct Fed {
     /// The sum before the layer and what attention added.
     pub(super) y: Tensor,
     normed: Tensor,
-    /// None where there are no gradients: of experts, and of weights laid out for serving.
+    /// None where there are no gradients: of experts, and of weights quantised or laid out for serving.
     gate_up: Option<Tensor>,
 }
 
@@ -184,7 +184,7 @@ impl Decoder {
         Ok(Attended { x, normed, qkv, heads })
     }
 
-    /// The second half of [`Decoder::layer`], from the sum before the layer and what its heads gave, `[T, heads * head_dim]`.
+    /// The second half of [`Decoder::layer`], from the sum before the layer and what its heads gave, for all rows or some of them.
     fn feed(&self, index: usize, x: Tensor, heads: &Tensor) -> Result<(Fed, Tensor)> {
         let layer = &self.layers[index];
         let (y, normed) = add_norm(layer.output.forward(heads)?, Some(x), &layer.mlp_norm, self.eps)?;

@@ -71,10 +71,10 @@ impl Mlp {
     /// The gradient of `x` from that of the result, `d`, `[T, hidden]` both, and what [`Mlp::forward`] gave beside it.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for experts and for weights laid out for serving.
+    /// [`Error::Unsupported`] for experts and for weights quantised or laid out for serving.
     pub(super) fn backward(&self, x: &Tensor, gate_up: Option<&Tensor>, d: &Tensor) -> Result<Tensor> {
         let (Self::Gated(gated), Some(gate_up)) = (self, gate_up) else {
-            let message = "mixtures of experts, and weights laid out for serving, are not trained";
+            let message = "mixtures of experts, and weights quantised or laid out for serving, are not trained";
             return Err(Error::Unsupported(message.to_owned()));
         };
         let d_act = gated.down.backward(&swiglu(gate_up)?, d)?;
@@ -137,7 +137,7 @@ impl Gated {
         Ok(Self { gate_up: Linear::dense(place.put(gate_up)?)?, down: Linear::dense(place.put(down)?)? })
     }
 
-    /// As [`Mlp::forward`]. Weights that are laid out for serving may give nothing beside.
+    /// As [`Mlp::forward`]. Weights quantised or laid out for serving may give nothing beside.
     fn forward(&self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         if let Some(y) = linear::gated(x, &self.gate_up, &self.down)? {
             return Ok((y, None));

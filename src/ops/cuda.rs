@@ -82,7 +82,8 @@ pub fn describe(device: &CudaDevice) -> Result<(String, [u64; 2])> {
     Ok((stream.context().name().w()?, [free as u64, total as u64]))
 }
 
-/// Puts a kernel in line on the device's stream; one without blocks is none.
+/// Puts a kernel in line on the device's stream; one without blocks is none. Addresses are trusted: operations check the tensors that
+/// they are of.
 ///
 /// # Errors
 /// If the launch does not fit the kernel or the device; what a kernel does wrong is an error of a later call.

@@ -31,10 +31,15 @@ fn random_draw(random: &mut Random, vocab: usize) -> Draw {
 /// What the CPU draws, or None where the uniform number is too near to the border between two tokens for the last bits of two sums.
 fn expected(logits: &[f32], draw: &Draw) -> Option<u32> {
     let Draw { temperature, top_p, min_p, top_k, .. } = *draw;
-    let filters = Filters { temperature, top_k: top_k as usize, top_p, min_p };
     let at = uniform(draw.seed, draw.counter);
-    let token = |at: f64| pick(logits, &filters, at.clamp(0.0, 1.0 - f64::EPSILON)).unwrap();
-    (token(at - 1e-10) == token(at + 1e-10)).then(|| token(at))
+    let token = |at: f64, top_p: f32| {
+        let filters = Filters { temperature, top_k: top_k as usize, top_p, min_p };
+        pick(logits, &filters, at.clamp(0.0, 1.0 - f64::EPSILON)).unwrap()
+    };
+    let (found, near) = (token(at, top_p), 2e-6);
+    let tops = if top_p < 1.0 { vec![top_p * (1.0 - near), (top_p * (1.0 + near)).min(1.0)] } else { vec![top_p] };
+    let ends = [at - f64::from(near), at + f64::from(near)];
+    tops.iter().flat_map(|top_p| ends.map(|at| token(at, *top_p))).all(|token| token == found).then_some(found)
 }
 
 #[test]

@@ -15,7 +15,7 @@ pub struct Integers<'a> {
     pub positions: &'a [u32],
     /// `[T]`: where keys and values go.
     pub slots: &'a [u32],
-    /// `[R]`: rows, in ascending order.
+    /// `[R]`: rows, each once, in ascending order.
     pub reads: &'a [u32],
     /// What the rows see.
     pub paged: &'a PagedBatch,

@@ -43,11 +43,10 @@ pub fn uniform(seed: u64, counter: u64) -> f64 {
 /// filter is out of range.
 pub fn pick(logits: &[f32], filters: &Filters, uniform: f64) -> Result<u32> {
     filters.check()?;
-    let max = largest(logits)?;
     if filters.temperature == 0.0 {
         return argmax(logits);
     }
-    let mut weights = Weights::new(logits, max, filters.temperature);
+    let mut weights = Weights::new(logits, largest(logits)?, filters.temperature);
     let last = weights.last(filters.top_k, f64::from(filters.top_p));
     if last.is_some() || filters.min_p > 0.0 {
         weights.keep(last, filters.min_p);
