@@ -10,8 +10,11 @@ use crate::ops::host;
 use crate::ops::linear::Linear;
 use crate::ops::logprobs::{TargetScore, target_scores, target_scores_backward};
 
-/// Rows of logits that exist at a time when only their targets' log-probabilities are wanted.
-const ROWS: usize = 256;
+/// Logits that exist at a time when only their targets' log-probabilities are wanted, about: for every piece of rows the weight and, in
+/// training, its gradient pass by once more.
+const LOGITS: usize = 4 << 20;
+/// Fewest rows of such a piece.
+const ROWS_MIN: usize = 256;
 
 /// The last linear map of a model.
 #[derive(Debug)]
@@ -87,8 +90,9 @@ impl LanguageHead {
     /// If a target is outside the vocabulary, a logit is not a number, or a tensor operation fails.
     pub fn target_scores(&self, rows: &Tensor, targets: &[u32]) -> Result<Vec<TargetScore>> {
         let mut scores = Vec::with_capacity(targets.len());
-        for (index, targets) in targets.chunks(ROWS).enumerate() {
-            let rows = rows.narrow(0, index * ROWS, targets.len())?;
+        let each = self.rows_together();
+        for (index, targets) in targets.chunks(each).enumerate() {
+            let rows = rows.narrow(0, index * each, targets.len())?;
             scores.extend(target_scores(&self.apply(&rows)?, targets)?);
         }
         Ok(scores)
@@ -101,8 +105,9 @@ impl LanguageHead {
     /// As [`LanguageHead::target_scores`].
     pub fn learn_targets(&self, rows: &Tensor, targets: &[u32], slopes: &[f32]) -> Result<(Vec<TargetScore>, Tensor)> {
         let (mut scores, mut parts) = (Vec::with_capacity(targets.len()), Vec::new());
-        for (index, (targets, slopes)) in targets.chunks(ROWS).zip(slopes.chunks(ROWS)).enumerate() {
-            let rows = rows.narrow(0, index * ROWS, targets.len())?;
+        let each = self.rows_together();
+        for (index, (targets, slopes)) in targets.chunks(each).zip(slopes.chunks(each)).enumerate() {
+            let rows = rows.narrow(0, index * each, targets.len())?;
             let logits = self.apply(&rows)?;
             scores.extend(target_scores(&logits, targets)?);
             let d_logits = target_scores_backward(&logits, targets, slopes)?;
@@ -110,6 +115,11 @@ impl LanguageHead {
         }
         let d_rows = if parts.is_empty() { rows.zeros_like()? } else { Tensor::cat(&parts, 0)? };
         Ok((scores, d_rows))
+    }
+
+    fn rows_together(&self) -> usize {
+        let vocab = self.linear.dims().map_or(1, |(vocab, _)| vocab.max(1));
+        (LOGITS / vocab).max(ROWS_MIN)
     }
 }
 

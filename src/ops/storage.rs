@@ -109,6 +109,21 @@ impl<'a, T> Shared<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
 
+    /// Asks for the lines of the cache of elements that are soon written, where the processor takes such wishes.
+    pub(super) fn ask(&self, start: usize, len: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for i in (start..start + len).step_by(LINE_BYTES / size_of::<T>()) {
+            // SAFETY: a prefetch never faults, whatever the address.
+            #[allow(unsafe_code)]
+            unsafe {
+                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+                _mm_prefetch::<_MM_HINT_T0>(self.start.wrapping_add(i).cast());
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (start, len);
+    }
+
     fn check(&self, start: usize, len: usize) {
         assert!(start <= self.len && len <= self.len - start, "a part outside of the slice");
     }

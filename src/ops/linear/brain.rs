@@ -34,8 +34,7 @@ pub(super) fn product(body: Body, a: Left<'_>, b: Right<'_>, sizes: Sizes) -> Ve
         return unit.product(a, sizes).fresh(Panels::Made(b));
     }
     if let Some(pairs) = Pairs::detect() {
-        return pairs
-            .multiply(a, sizes, |product| float::fresh(product, |column, panel| pairs.pack(b, sizes, column, panel)));
+        return pairs.multiply(a, sizes, |product| product.fresh(|column, panel| pairs.pack(b, sizes, column, panel)));
     }
     let mut c = vec![0.0; sizes.rows * sizes.columns];
     rounded(body, &mut c, a, b, sizes);
@@ -48,8 +47,7 @@ pub(super) fn add_product(body: Body, c: &mut [f32], a: Left<'_>, b: Right<'_>, 
         return unit.product(a, sizes).add(Panels::Made(b), c);
     }
     if let Some(pairs) = Pairs::detect() {
-        return pairs
-            .multiply(a, sizes, |product| float::add(product, c, |column, panel| pairs.pack(b, sizes, column, panel)));
+        return pairs.multiply(a, sizes, |product| product.add(c, |column, panel| pairs.pack(b, sizes, column, panel)));
     }
     rounded(body, c, a, b, sizes);
 }

@@ -3,7 +3,7 @@
 
 use half::bf16;
 
-use super::blocks::{Line, Sizes, WIDTH};
+use super::blocks::{Line, Out, Sizes, WIDTH};
 use super::brain::{Left, Right};
 use super::pairs::{Pair, Pairs};
 use crate::ops::amx::{Amx, CACHE_BYTES, Hints, PAIRS, ROWS, Registers};
@@ -50,14 +50,6 @@ pub(super) struct Product {
     /// Strip after strip of up to sixteen rows, `[pairs / 16, rows, 16]`: what the unit reads lies in the order in which it is read. Filled
     /// up with zeros.
     left: Vec<Pair>,
-}
-
-/// Where sums go.
-enum Out<'a> {
-    /// To memory that nobody has written.
-    Fresh(&'a Shared<'a, f32>),
-    /// On top of what is there.
-    Added(&'a Shared<'a, f32>),
 }
 
 impl Unit {

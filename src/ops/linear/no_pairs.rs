@@ -3,7 +3,7 @@
 use half::bf16;
 use std::ops::Range;
 
-use super::blocks::{Line, Multiply, Product, Sizes, Steps, VECTORS};
+use super::blocks::{Line, Multiply, Product, Sizes, Turn, VECTORS};
 use super::brain::{Left, Right};
 use crate::ops::lanes::LANES;
 
@@ -43,7 +43,7 @@ impl Pairs {
 impl Multiply for Pairs {
     type Number = Pair;
 
-    fn advance<const R: usize>(self, _: Steps<'_, Pair>) {
+    fn advance<const R: usize>(self, _: Turn<'_, Pair>) {
         match self {}
     }
 }

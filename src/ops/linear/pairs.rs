@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use std::mem::transmute;
 use std::ops::Range;
 
-use super::blocks::{self, HEIGHT, Line, Multiply, Order, Product, ROWS, Sizes, Steps, Strip, VECTORS, WIDTH};
+use super::blocks::{self, Line, Multiply, Order, Product, ROWS, Sizes, Turn, VECTORS, WIDTH, lines, tiles};
 use super::brain::{Left, Right};
 use crate::ops::lanes::{Avx512, Isa, LANES};
 use crate::ops::parallel;
@@ -29,15 +29,20 @@ impl Pairs {
     pub(super) fn multiply<T>(self, a: Left<'_>, sizes: Sizes, run: impl FnOnce(&Product<'_, Self>) -> T) -> T {
         let Sizes { rows, k, .. } = sizes;
         let steps = k.div_ceil(2);
-        let left = parallel::filled(rows * steps, ROWS * steps, |index, out: &mut [Pair]| match a {
-            Left::Rows(a) => {
+        let left = match a {
+            Left::Rows(a) => parallel::filled(rows * steps, ROWS * steps, |index, out: &mut [Pair]| {
                 let rows = a[index * ROWS * k..].chunks_exact(k).zip(out.chunks_exact_mut(steps));
                 // SAFETY: `self` is proof of the features.
                 rows.for_each(|(row, out)| unsafe { pairs_of_row(row, out) });
-            }
-            // SAFETY: the same.
-            Left::Columns(a) => unsafe { pack_tiles(a, rows, index * ROWS, out) },
-        });
+            }),
+            Left::Columns(a) => tiles(rows, steps, |step, first, out: &mut [Pair]| {
+                let two = &a[2 * step * rows..k.min(2 * step + 2) * rows];
+                let (end, zeros) = (first + out.len(), [0.0; ROWS]);
+                let odd = two.get(rows + first..rows + end).unwrap_or(&zeros[..out.len()]);
+                // SAFETY: the same.
+                unsafe { pairs_of_columns(&two[first..end], odd, out) }
+            }),
+        };
         let left = match a {
             Left::Rows(_) => blocks::Left::Rows(&left[..]),
             Left::Columns(_) => blocks::Left::Tiles(&left[..]),
@@ -211,64 +216,50 @@ fn store(pairs: __m512i, out: &mut [Pair]) {
     out.copy_from_slice(&whole[..out.len()]);
 }
 
-/// The rows from `first` on of aT for `a` `[k, rows]`, to tiles `[k / 2, HEIGHT]`, the last narrower.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn pack_tiles(a: &[f32], rows: usize, first: usize, out: &mut [Pair]) {
-    let count = ROWS.min(rows - first);
-    let steps = out.len() / count;
-    let mut line = [0; ROWS];
-    for (step, two) in a.chunks(2 * rows).enumerate() {
-        let odd = two.get(rows + first..rows + first + count).unwrap_or(&[0.0; ROWS][..count]);
-        pairs_of_columns(&two[first..first + count], odd, &mut line[..count]);
-        let (whole, rest) = line[..count].as_chunks::<HEIGHT>();
-        for (tile, pairs) in whole.iter().enumerate() {
-            out[tile * HEIGHT * steps + step * HEIGHT..][..HEIGHT].copy_from_slice(pairs);
-        }
-        out[whole.len() * HEIGHT * steps + step * rest.len()..][..rest.len()].copy_from_slice(rest);
-    }
-}
-
 impl Multiply for Pairs {
     type Number = Pair;
 
-    fn advance<const R: usize>(self, steps: Steps<'_, Pair>) {
+    fn advance<const R: usize>(self, turn: Turn<'_, Pair>) {
         // SAFETY: `self` is proof of the features.
-        unsafe { advance::<R>(steps) }
+        unsafe { advance::<R>(turn) }
     }
 }
 
+/// A turn of R rows of sums of one chain.
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn advance<const R: usize>(steps: Steps<'_, Pair>) {
-    let Steps { left: Strip { numbers, across, along }, right, sums: kept, level, first, .. } = steps;
-    assert!(right.is_empty() || numbers.len() > (R - 1) * across + (right.len() - 1) * along);
-    let mut sums = [[_mm512_setzero_ps(); VECTORS]; R];
-    if !first {
-        for (sums, kept) in sums.iter_mut().zip(&kept[level]) {
-            for (sum, kept) in sums.iter_mut().zip(&kept.0) {
-                // SAFETY: sixteen readable floats.
-                *sum = unsafe { _mm512_loadu_ps(kept.as_ptr()) };
+fn advance<const R: usize>(turn: Turn<'_, Pair>) {
+    let Turn { left, right, sums: kept, parts } = turn;
+    for part in parts {
+        let (numbers, across, along) = left.numbers::<R>(part);
+        let mut sums = [[_mm512_setzero_ps(); VECTORS]; R];
+        if !part.starts() {
+            for (sums, kept) in sums.iter_mut().zip(&kept[0]) {
+                for (sum, kept) in sums.iter_mut().zip(&kept.0) {
+                    // SAFETY: sixteen readable floats.
+                    *sum = unsafe { _mm512_loadu_ps(kept.as_ptr()) };
+                }
             }
         }
-    }
-    for (step, line) in right.iter().enumerate() {
-        let mut columns = [_mm512_setzero_si512(); VECTORS];
-        for (column, line) in columns.iter_mut().zip(&line.0) {
-            // SAFETY: sixteen readable pairs.
-            *column = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
-        }
-        for (r, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: below the last row and step, whose index is checked above.
-            let row = in_register(unsafe { *numbers.get_unchecked(r * across + step * along) });
-            for (sum, column) in sums.iter_mut().zip(&columns) {
-                *sum = add_pairs(*sum, row, *column);
+        for (step, line) in lines(right, part).iter().enumerate() {
+            let mut columns = [_mm512_setzero_si512(); VECTORS];
+            for (column, line) in columns.iter_mut().zip(&line.0) {
+                // SAFETY: sixteen readable pairs.
+                *column = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
+            }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: the numbers of R rows of the part exist, and it has as many steps as lines.
+                let row = in_register(unsafe { *numbers.get_unchecked(r * across + step * along) });
+                for (sum, column) in sums.iter_mut().zip(&columns) {
+                    *sum = add_pairs(*sum, row, *column);
+                }
             }
         }
-    }
-    for (sums, kept) in sums.iter().zip(&mut kept[level]) {
-        for (sum, kept) in sums.iter().zip(&mut kept.0) {
-            // SAFETY: sixteen writable floats.
-            unsafe { _mm512_storeu_ps(kept.as_mut_ptr(), *sum) };
+        for (sums, kept) in sums.iter().zip(&mut kept[0]) {
+            for (sum, kept) in sums.iter().zip(&mut kept.0) {
+                // SAFETY: sixteen writable floats.
+                unsafe { _mm512_storeu_ps(kept.as_mut_ptr(), *sum) };
+            }
         }
     }
 }
