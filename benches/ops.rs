@@ -7,6 +7,7 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use eurus::ops::attention::{PagedBatch, paged_attention};
 use eurus::ops::linear::Linear;
 use eurus::ops::parallel::set_threads;
+use eurus::ops::parameter::Precision;
 use eurus::ops::rms_norm::rms_norm;
 use eurus::ops::sample::{Filters, pick, uniform};
 use std::hint::black_box;
@@ -67,7 +68,9 @@ fn attention(criterion: &mut Criterion) {
         for threads in [1, 2] {
             set_threads(threads);
             let id = BenchmarkId::new(format!("{what}, {sequences} x {context}"), format!("{threads} threads"));
-            runs.bench_function(id, |b| b.iter(|| black_box(paged_attention(&q, &k, &v, &batch, 0.125).unwrap())));
+            runs.bench_function(id, |b| {
+                b.iter(|| black_box(paged_attention(&q, [&k, &v], &batch, 0.125, Precision::F32).unwrap()))
+            });
         }
     }
 }

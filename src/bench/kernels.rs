@@ -13,6 +13,7 @@ use crate::ops::attention::PagedBatch;
 use crate::ops::attention::inputs::{Inputs, Integers};
 use crate::ops::attention::step::step_attention;
 use crate::ops::linear::Linear;
+use crate::ops::parameter::Precision;
 use crate::ops::rope::{RopeTable, Turn};
 
 /// What to time.
@@ -235,7 +236,8 @@ impl Bench {
         let qkv = self.numbers(&[rows, (heads + 2 * kv_heads) * head_dim])?;
         self.time(name, work, |index| {
             let [keys, values] = &caches[index % caches.len()];
-            step_attention(&qkv, &turn, [keys, values], &inputs, 1.0 / (head_dim as f32).sqrt()).map(drop)
+            let scale = 1.0 / (head_dim as f32).sqrt();
+            step_attention(&qkv, &turn, [keys, values], &inputs, scale, Precision::F32).map(drop)
         })
     }
 }

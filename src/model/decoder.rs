@@ -9,7 +9,7 @@ use super::weights::Weights;
 use crate::error::Result;
 use crate::ops::embed::{embed, select};
 use crate::ops::linear::Linear;
-use crate::ops::parameter::Parameter;
+use crate::ops::parameter::{Parameter, Precision};
 use crate::ops::place::Place;
 use crate::ops::rms_norm::{add_rms_norm, rms_norm, rms_norm_backward};
 use crate::ops::rope::{RopeTable, Turn, split_rope, split_rope_backward};
@@ -125,6 +125,11 @@ impl Decoder {
     /// Where its weights lie, and the type it computes in there.
     pub fn place(&self) -> &Place {
         &self.place
+    }
+
+    /// How its layers multiply.
+    pub fn precision(&self) -> Precision {
+        self.layers.first().map(|layer| layer.qkv.weight().precision()).unwrap_or_default()
     }
 
     /// Hidden states `[R, hidden]` after the final norm of the rows `read` `[R]` u32, or of all, for `tokens` `[T]` u32 at `positions`

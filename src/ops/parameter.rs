@@ -10,7 +10,7 @@ pub enum Precision {
     /// In float32, with the bits of serving.
     #[default]
     F32,
-    /// Both operands rounded to bf16, sums in float32: for training, at least twice as fast where the processor has it.
+    /// Both operands rounded to bf16, sums in float32: at least twice as fast where the processor has it.
     Bf16,
 }
 
@@ -42,7 +42,7 @@ impl Parameter {
 
     /// The bf16 weight of shape `dims` that `panels` hold, as `linear::packed` lays them out. No step changes it.
     pub(super) fn packed(panels: Tensor, dims: (usize, usize)) -> Self {
-        Self { packed: Some(dims), ..Self::frozen(panels) }
+        Self { packed: Some(dims), precision: Precision::Bf16, ..Self::frozen(panels) }
     }
 
     /// Rows and columns of a weight that lies in panels of bf16.

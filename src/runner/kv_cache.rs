@@ -8,6 +8,7 @@ use crate::model::Model;
 use crate::model::decoder::Attention;
 use crate::ops::attention::inputs::Inputs;
 use crate::ops::attention::step::step_attention;
+use crate::ops::parameter::Precision;
 use crate::ops::rope::Turn;
 
 /// Keys and values of every layer, in blocks of consecutive slots.
@@ -17,6 +18,8 @@ pub struct KvCache {
     block_count: usize,
     block_size: usize,
     scale: f32,
+    /// How attention multiplies.
+    precision: Precision,
 }
 
 /// `[blocks, kv_heads, block_size, head_dim]` each.
@@ -46,7 +49,8 @@ impl KvCache {
         let layers = (0..config.layers)
             .map(|_| Ok(LayerCache { keys: zeros()?, values: zeros()? }))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { layers, block_count, block_size, scale: config.attention_scale() })
+        let (scale, precision) = (config.attention_scale(), model.decoder.precision());
+        Ok(Self { layers, block_count, block_size, scale, precision })
     }
 
     /// Blocks in all.
@@ -78,6 +82,6 @@ pub struct Paged<'a> {
 impl Attention for Paged<'_> {
     fn attend(&self, layer: usize, qkv: &Tensor, turn: &Turn<'_>) -> Result<Tensor> {
         let LayerCache { keys, values } = &self.cache.layers[layer];
-        step_attention(qkv, turn, [keys, values], self.inputs, self.cache.scale)
+        step_attention(qkv, turn, [keys, values], self.inputs, self.cache.scale, self.cache.precision)
     }
 }

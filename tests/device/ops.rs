@@ -9,6 +9,7 @@ use eurus::ops::experts::route;
 use eurus::ops::host;
 use eurus::ops::linear::Linear;
 use eurus::ops::logprobs::target_scores;
+use eurus::ops::parameter::Precision;
 use eurus::ops::rms_norm::{add_rms_norm, rms_norm};
 use eurus::ops::rope::{RopeTable, Turn};
 use eurus::ops::sample::{self, Draw, Filters, uniform};
@@ -163,7 +164,7 @@ impl Step {
             let inputs = Inputs::new(integers, self.heads, device).unwrap();
             let turn = Turn { positions: &inputs.positions, table: &table, heads: self.heads };
             let [keys, values] = [&caches[0], &caches[1]].map(place);
-            let out = step_attention(&place(&qkv), &turn, [&keys, &values], &inputs, 0.125).unwrap();
+            let out = step_attention(&place(&qkv), &turn, [&keys, &values], &inputs, 0.125, Precision::F32).unwrap();
             [out, keys, values]
         };
         let got = run(device, &|tensor| tensor.to_device(device).unwrap());
@@ -228,7 +229,7 @@ fn a_step_that_does_not_fit_its_cache_is_an_error() {
         let turn = Turn { positions: &inputs.positions, table: &table, heads: [2, 1] };
         let qkv = numbers(1, &[2, 4 * 64], 1.0, DType::BF16).to_device(&device).unwrap();
         let cache = || numbers(2, &[blocks, 1, 4, 64], 1.0, DType::BF16).to_device(&device).unwrap();
-        step_attention(&qkv, &turn, [&cache(), &cache()], &inputs, 1.0).map(drop)
+        step_attention(&qkv, &turn, [&cache(), &cache()], &inputs, 1.0, Precision::F32).map(drop)
     };
     attend(&slots, &batch, 3).unwrap();
     let part = |result: eurus::error::Result<()>, part: &str| {

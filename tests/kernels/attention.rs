@@ -3,6 +3,7 @@
 use candle_core::DType;
 use eurus::ops::attention::{PagedBatch, paged_attention};
 use eurus::ops::kernels::{self, AttentionShape, NONE};
+use eurus::ops::parameter::Precision;
 
 use crate::emulator::Library;
 use crate::samples::{Buffer, Numbers, Random, TYPES, check_shapes, compare, floats, rounding};
@@ -80,7 +81,7 @@ impl Case {
         let queries = q.tensor((rows, q_stride)).narrow(1, 0, heads * head_dim).unwrap().contiguous().unwrap();
         let queries = queries.reshape((rows, heads, head_dim)).unwrap();
         let [k, v] = [0, 1].map(|i| caches[i].tensor((blocks, kv_heads, block_size, head_dim)));
-        let expected = floats(&paged_attention(&queries, &k, &v, &batch, scale).unwrap());
+        let expected = floats(&paged_attention(&queries, [&k, &v], &batch, scale, Precision::F32).unwrap());
         Self { dtype, shape, batch, q, caches, tables, expected, order: 1e-6 * size }
     }
 

@@ -2,13 +2,16 @@
 //! The arithmetic of a row is `rows`, the same for both, so a row has the same bits however its sequence is stored or chunked.
 
 use super::lanes::{Body, Element};
+use super::linear::small::Small;
 use super::parallel;
+use super::parameter::Precision;
 use super::storage::{Shared, Weights, slice, written};
 use crate::error::Result;
 use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Storage, Tensor};
 use rows::{Heads, Rows, Span, State};
 use std::ops::Range;
 
+mod brain;
 #[cfg(feature = "cuda")]
 mod device;
 mod gradient;
@@ -35,22 +38,23 @@ pub struct PagedBatch {
 }
 
 /// Attention of `q` `[T, heads, head_dim]` f32 over `k_cache` and `v_cache` `[blocks, kv_heads, block_size, head_dim]`, f32, bf16 or
-/// f16, to `[T, heads * head_dim]` f32. Query head h reads key head h / (heads / kv_heads). Fails where the batch does not fit the tensors.
+/// f16, to `[T, heads * head_dim]` f32. Query head h reads key head h / (heads / kv_heads). [`Precision::Bf16`] rounds what is multiplied,
+/// where the processor has a matrix unit. Fails where the batch does not fit the tensors.
 pub fn paged_attention(
     q: &Tensor,
-    k_cache: &Tensor,
-    v_cache: &Tensor,
+    [k_cache, v_cache]: [&Tensor; 2],
     batch: &PagedBatch,
     scale: f32,
+    precision: Precision,
 ) -> Result<Tensor> {
-    let op = Paged { batch, scale, body: Body::best() };
+    let op = Paged { batch, scale, body: Body::best(), small: Small::of(precision) };
     Ok(q.apply_op3_no_bwd(k_cache, v_cache, &op)?)
 }
 
 /// Attention inside of segments laid one after the other: `q` `[T, heads, head_dim]`, `k` and `v` `[T, kv_heads, head_dim]`, f32,
 /// to `[T, heads * head_dim]`. `starts` `[S + 1]` holds the first row of each segment, then T; positions count from each start.
 ///
-/// Bit for bit what [`paged_attention`] computes for the same sequences.
+/// Bit for bit what [`paged_attention`] computes for the same sequences in float32.
 pub fn packed_attention(
     q: &Tensor,
     k: &Tensor,
@@ -80,6 +84,8 @@ struct Paged<'a> {
     batch: &'a PagedBatch,
     scale: f32,
     body: Body,
+    /// Multiplies in bf16; float32 without it.
+    small: Option<Small>,
 }
 
 impl CustomOp3 for Paged<'_> {
@@ -129,7 +135,7 @@ impl Paged<'_> {
     /// All chunks, over caches of any type.
     fn attend<E: Element>(&self, shape: &Heads, q: &[f32], chunks: &[Chunk], k: &[E], v: &[E]) -> Vec<f32> {
         let (block_size, kv_heads, head_dim) = (self.batch.block_size, shape.kv_heads, shape.head_dim);
-        attend(self.body, shape, q, chunks, |chunk, kv_head, positions, span| {
+        attend((self.body, self.small), shape, q, chunks, |chunk, kv_head, positions, span| {
             let table = &self.batch.tables[chunk];
             let mut position = positions.start;
             while position < positions.end {
@@ -206,7 +212,7 @@ impl CustomOp3 for Packed {
         let q: &[f32] = slice("packed_attention", q, q_layout)?;
         let k: &[f32] = slice("packed_attention", k, k_layout)?;
         let v: &[f32] = slice("packed_attention", v, v_layout)?;
-        let out = attend(self.body, &shape, q, &chunks, |chunk, kv_head, positions, span| {
+        let out = attend((self.body, None), &shape, q, &chunks, |chunk, kv_head, positions, span| {
             let first = self.starts[chunk];
             for position in positions {
                 let i = ((first + position) * kv_heads + kv_head) * head_dim;
@@ -343,10 +349,10 @@ struct Piece {
     position: usize,
 }
 
-/// All rows of all chunks, which cover `q`; `fetch(chunk, kv_head, positions, span)` pushes the keys and values of those positions in
+/// All rows of all chunks, which cover `q`, in bf16 where there is a [`Small`]; `fetch(chunk, kv_head, positions, span)` pushes the keys and values of those positions in
 /// order.
 fn attend<'a, E: Element>(
-    body: Body,
+    (body, small): (Body, Option<Small>),
     shape: &Heads,
     q: &[f32],
     chunks: &[Chunk],
@@ -369,8 +375,8 @@ fn attend<'a, E: Element>(
     #[allow(unsafe_code)]
     unsafe {
         written(q.len(), |out| {
-            let state = || State::new(shape.head_dim);
-            parallel::for_each_init(pieces.len() * shape.kv_heads, state, |state, index| {
+            let own = || (State::new(shape.head_dim), brain::Operands::default());
+            parallel::for_each_init(pieces.len() * shape.kv_heads, own, |(state, operands), index| {
                 let (piece, kv_head) = (&pieces[index / shape.kv_heads], index % shape.kv_heads);
                 let rows = Rows {
                     body,
@@ -382,7 +388,10 @@ fn attend<'a, E: Element>(
                     kv_head,
                     fetch: &|positions, span| fetch(piece.chunk, kv_head, positions, span),
                 };
-                rows.compute(state);
+                match small {
+                    Some(small) => rows.compute_in_bf16(small, state, operands),
+                    None => rows.compute(state),
+                }
             });
         })
     }

@@ -29,9 +29,15 @@ impl Heads {
 
 /// Keys and values of consecutive positions inside of one tile, `[head_dim]` each.
 pub(super) struct Span<'a, E> {
-    keys: [&'a [E]; TILE],
-    values: [&'a [E]; TILE],
+    pub(super) keys: [&'a [E]; TILE],
+    pub(super) values: [&'a [E]; TILE],
     end: usize,
+}
+
+impl<E> Default for Span<'_, E> {
+    fn default() -> Self {
+        Self { keys: [&[]; TILE], values: [&[]; TILE], end: 0 }
+    }
 }
 
 impl<'a, E> Span<'a, E> {
@@ -61,18 +67,13 @@ pub(super) struct Rows<'a, 'kv, E> {
     pub(super) fetch: Fetch<'a, 'kv, E>,
 }
 
-impl<E: Element> Rows<'_, '_, E> {
+impl<'kv, E: Element> Rows<'_, 'kv, E> {
     /// Computes the rows and writes them.
     pub(super) fn compute(&self, state: &mut State) {
         self.begin(state);
-        let mut span = Span { keys: [&[]; TILE], values: [&[]; TILE], end: 0 };
-        let positions = self.shape.seen(self.position).start..self.position + self.rows.len();
-        for tile in positions.start / TILE..positions.end.div_ceil(TILE) {
-            let first = tile * TILE;
-            let fetched = positions.start.max(first)..positions.end.min(first + TILE);
-            span.end = fetched.start - first;
-            (self.fetch)(fetched.clone(), &mut span);
-            let range = fetched.start - first..fetched.end - first;
+        let mut span = Span::default();
+        for (first, range) in self.tiles() {
+            self.fetch_tile(first, range.clone(), &mut span);
             let head_dim = self.shape.head_dim;
             self.body.run(Turn { keys: &span.keys, range, head_dim, turned: &mut state.turned });
             for start in (0..state.queries.len()).step_by(FEW) {
@@ -84,6 +85,32 @@ impl<E: Element> Rows<'_, '_, E> {
                 }
             }
         }
+        self.finish(state);
+    }
+
+    /// The first position of every tile, and which of its positions any of the rows sees.
+    pub(super) fn tiles(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let positions = self.shape.seen(self.position).start..self.position + self.rows.len();
+        (positions.start / TILE..positions.end.div_ceil(TILE)).map(move |tile| {
+            let first = tile * TILE;
+            (first, positions.start.max(first) - first..positions.end.min(first + TILE) - first)
+        })
+    }
+
+    /// Those positions of the tile that starts at `first`.
+    pub(super) fn fetch_tile(&self, first: usize, range: Range<usize>, span: &mut Span<'kv, E>) {
+        span.end = range.start;
+        (self.fetch)(first + range.start..first + range.end, span);
+    }
+
+    /// What a query sees of the tile that starts at `first`.
+    pub(super) fn seen_of(&self, query: &Query, first: usize) -> Range<usize> {
+        let all = self.shape.seen(query.position);
+        all.start.max(first) - first..all.end.clamp(first, first + TILE) - first
+    }
+
+    /// Writes the results.
+    pub(super) fn finish(&self, state: &State) {
         for (query, sums) in state.queries.iter().zip(state.sums.chunks_exact(state.width)) {
             // SAFETY: a row and key head belong to one piece of work each, so no other thread has these elements.
             #[allow(unsafe_code)]
@@ -93,7 +120,7 @@ impl<E: Element> Rows<'_, '_, E> {
     }
 
     /// Makes `state` that of these rows at their start. Scores and keys of other pieces stay: what is read of them is written before.
-    fn begin(&self, state: &mut State) {
+    pub(super) fn begin(&self, state: &mut State) {
         let share = self.shape.heads / self.shape.kv_heads;
         let queries = self.rows.clone().enumerate().flat_map(|(index, row)| {
             (0..share).map(move |head| Query {
@@ -115,8 +142,7 @@ impl<E: Element> Rows<'_, '_, E> {
     fn attend<const C: usize>(&self, state: &mut State, group: Range<usize>, values: &[&[E]; TILE], first: usize) {
         let mut seen = [const { 0..0 }; FEW];
         for (seen, query) in seen.iter_mut().zip(&state.queries[group.clone()]) {
-            let all = self.shape.seen(query.position);
-            *seen = all.start.max(first) - first..all.end.clamp(first, first + TILE) - first;
+            *seen = self.seen_of(query, first);
         }
         let seen = &seen[..group.len()];
         if seen.iter().all(Range::is_empty) {
@@ -168,7 +194,7 @@ impl<E: Element> Rows<'_, '_, E> {
         }
     }
 
-    fn add_values<const R: usize, const C: usize>(
+    pub(super) fn add_values<const R: usize, const C: usize>(
         &self,
         state: &mut State,
         first: usize,
@@ -185,20 +211,20 @@ impl<E: Element> Rows<'_, '_, E> {
 /// What the queries of a piece keep from tile to tile; a thread has one for all its pieces.
 pub(super) struct State {
     /// head_dim rounded up to lanes.
-    width: usize,
-    queries: Vec<Query>,
+    pub(super) width: usize,
+    pub(super) queries: Vec<Query>,
     /// `[queries, width]`: sums of e^(score - max) * value.
-    sums: Vec<f32>,
+    pub(super) sums: Vec<f32>,
     /// `[queries, TILE]`: scores of the current tile, then e^(score - max).
-    scores: Vec<[f32; TILE]>,
+    pub(super) scores: Vec<[f32; TILE]>,
     /// `[width, TILE]`: keys of the current tile, turned.
     turned: Vec<[f32; TILE]>,
 }
 
 /// One head of one row.
-struct Query {
+pub(super) struct Query {
     /// Where it starts in `q`, and its result in `out`.
-    start: usize,
+    pub(super) start: usize,
     /// Of its row in the sequence.
     position: usize,
     /// The largest score so far.
@@ -281,13 +307,13 @@ impl<const R: usize, const C: usize> Kernel for Score<'_, R, C> {
 }
 
 /// Turns the scores of a few queries into weights e^(score - max), 0 where a position is not seen, and rescales what there is.
-struct Weigh<'a> {
-    scores: &'a mut [[f32; TILE]],
-    seen: &'a [Range<usize>],
-    queries: &'a mut [Query],
+pub(super) struct Weigh<'a> {
+    pub(super) scores: &'a mut [[f32; TILE]],
+    pub(super) seen: &'a [Range<usize>],
+    pub(super) queries: &'a mut [Query],
     /// `[queries, width]`
-    sums: &'a mut [f32],
-    width: usize,
+    pub(super) sums: &'a mut [f32],
+    pub(super) width: usize,
 }
 
 impl Kernel for Weigh<'_> {
@@ -334,7 +360,15 @@ fn largest<I: Isa>(isa: I, scores: &[[f32; LANES]], old: f32) -> f32 {
     }
     let mut lanes = [0.0; LANES];
     isa.store(top, &mut lanes);
-    lanes.into_iter().fold(old, |a, b| if a > b { a } else { b })
+    // Halves onto halves: a chain of sixteen would take longer than all else here.
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = if lanes[i] > lanes[i + half] { lanes[i] } else { lanes[i + half] };
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// `sums[r][d]` += `weights[r][j]` * `values[j][d]` for the positions j in `range`, in order.

@@ -6,11 +6,13 @@ use super::inputs::Inputs;
 use super::paged_attention;
 use crate::error::Result;
 use crate::ops::kv_write::kv_write;
+use crate::ops::parameter::Precision;
 use crate::ops::rope::{Turn, split_rope};
 
 /// Attention `[T, heads * head_dim]` of the rows of `inputs`, whose queries, keys and values before they are turned are `qkv`
 /// `[T, (heads + 2 * kv_heads) * head_dim]`. Their keys and values are written to the caches of keys and of values,
-/// `[blocks, kv_heads, block_size, head_dim]`, before any row attends. On a GPU `qkv` is used up: its queries are turned in place.
+/// `[blocks, kv_heads, block_size, head_dim]`, before any row attends. `precision` is that of [`paged_attention`]; a GPU computes in the
+/// type of `qkv` and uses it up: its queries are turned in place.
 ///
 /// # Errors
 /// Where the inputs do not fit the tensors.
@@ -20,6 +22,7 @@ pub fn step_attention(
     [keys, values]: [&Tensor; 2],
     inputs: &Inputs<'_>,
     scale: f32,
+    precision: Precision,
 ) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() {
@@ -28,5 +31,5 @@ pub fn step_attention(
     let [q, k, v] = split_rope(qkv, turn)?;
     kv_write(keys, &k, inputs.integers.slots)?;
     kv_write(values, &v, inputs.integers.slots)?;
-    paged_attention(&q, keys, values, inputs.integers.paged, scale)
+    paged_attention(&q, [keys, values], inputs.integers.paged, scale, precision)
 }

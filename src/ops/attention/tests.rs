@@ -102,7 +102,7 @@ impl Cache {
 
     fn attend(&self, body: Body, case: &Case, q: &Tensor, batch: &PagedBatch) -> Vec<f32> {
         assert!(self.blocks > 0);
-        let op = Paged { batch, scale: SCALE, body };
+        let op = Paged { batch, scale: SCALE, body, small: None };
         floats(&q.apply_op3_no_bwd(&self.k, &self.v, &op).unwrap().reshape(((), case.heads * case.head_dim)).unwrap())
     }
 
@@ -175,6 +175,62 @@ fn paged_is_packed_bit_for_bit_whatever_the_blocks_chunks_and_neighbours() {
 }
 
 #[test]
+fn in_bf16_values_are_near_and_have_the_same_bits_whatever_the_chunks() {
+    let len = 150;
+    let Some(small) = Small::of(Precision::Bf16) else { return };
+    for (index, case) in CASES.iter().enumerate() {
+        let inputs = case.inputs(index as u64, len);
+        let mut exact = None;
+        // A cache of bf16 holds what is multiplied anyway.
+        for dtype in [DType::F32, DType::BF16] {
+            let run = |step: usize| {
+                let cache = Cache::new(case, dtype, 16, &[len]);
+                let mut out = Vec::new();
+                for first in (0..len).step_by(step) {
+                    let count = step.min(len - first);
+                    cache.write(0, &inputs, first..first + count);
+                    let batch = cache.batch(case, vec![0, count], vec![first + count]);
+                    let op = Paged { batch: &batch, scale: SCALE, body: Body::best(), small: Some(small) };
+                    let q = inputs[0].narrow(0, first, count).unwrap();
+                    out.extend(floats(&q.apply_op3_no_bwd(&cache.k, &cache.v, &op).unwrap()));
+                }
+                out
+            };
+            let all = run(len);
+            // Numbers up to 1: the rounding of scores is a share of the weights.
+            check_close(&format!("case {index}"), &all, &case.naive(&inputs), 0.02);
+            for step in [1, 5, 64] {
+                check_bits(&format!("case {index}, {dtype:?}, steps of {step}"), &run(step), &all);
+            }
+            check_bits(&format!("case {index}, {dtype:?}"), &all, exact.get_or_insert_with(|| all.clone()));
+        }
+    }
+}
+
+#[test]
+fn in_bf16_nobody_multiplies_an_infinite_value_that_it_does_not_see() {
+    let (case, len) = (&CASES[0], 90);
+    let [q, k, v] = case.inputs(1, len);
+    let row = case.kv_heads * case.head_dim;
+    let mut numbers = floats(&v);
+    // In float32 the largest number is finite, in bf16 not.
+    numbers[80 * row..81 * row].fill(f32::MAX);
+    numbers[81 * row..82 * row].fill(f32::INFINITY);
+    let v = Tensor::from_vec(numbers, v.dims(), &Device::Cpu).unwrap();
+    let inputs = [q, k, v];
+    let Some(small) = Small::of(Precision::Bf16) else { return };
+    for dtype in [DType::F32, DType::BF16] {
+        let cache = Cache::new(case, dtype, 16, &[len]);
+        cache.write(0, &inputs, 0..len);
+        let batch = cache.batch(case, vec![0, len], vec![len]);
+        let op = Paged { batch: &batch, scale: SCALE, body: Body::best(), small: Some(small) };
+        let out = floats(&inputs[0].apply_op3_no_bwd(&cache.k, &cache.v, &op).unwrap());
+        let width = case.heads * case.head_dim;
+        assert!(out[..80 * width].iter().all(|x| x.is_finite()) && out[81 * width..].iter().all(|x| !x.is_finite()));
+    }
+}
+
+#[test]
 fn every_body_and_number_of_threads_gives_the_same_bits() {
     let before = threads();
     for (index, case) in CASES.iter().enumerate() {
@@ -200,7 +256,7 @@ fn batches_that_do_not_fit_are_errors() {
     let inputs = case.inputs(1, 8);
     let cache = Cache::new(case, DType::F32, 4, &[8]);
     let good = cache.batch(case, vec![0, 8], vec![8]);
-    let run = |batch: &PagedBatch| paged_attention(&inputs[0], &cache.k, &cache.v, batch, SCALE);
+    let run = |batch: &PagedBatch| paged_attention(&inputs[0], [&cache.k, &cache.v], batch, SCALE, Precision::F32);
     assert!(run(&good).is_ok());
     let bad = [
         PagedBatch { q_starts: vec![], ..good.clone() },
@@ -217,9 +273,9 @@ fn batches_that_do_not_fit_are_errors() {
         assert!(run(batch).is_err(), "bad batch {index}");
     }
     let strided = inputs[0].transpose(0, 1).unwrap();
-    assert!(paged_attention(&strided, &cache.k, &cache.v, &good, SCALE).is_err());
+    assert!(paged_attention(&strided, [&cache.k, &cache.v], &good, SCALE, Precision::F32).is_err());
     let half = inputs[0].to_dtype(DType::F16).unwrap();
-    assert!(paged_attention(&half, &cache.k, &cache.v, &good, SCALE).is_err());
+    assert!(paged_attention(&half, [&cache.k, &cache.v], &good, SCALE, Precision::F32).is_err());
     assert!(packed_attention(&inputs[0], &inputs[1], &inputs[2], &[0, 5], None, SCALE).is_err());
 }
 

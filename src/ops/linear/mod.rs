@@ -25,6 +25,7 @@ mod pairs;
 #[cfg(not(target_arch = "x86_64"))]
 #[path = "no_pairs.rs"]
 mod pairs;
+pub(super) mod small;
 
 use adapter::Adapter;
 use blocks::Sizes;

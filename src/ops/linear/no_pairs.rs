@@ -3,7 +3,7 @@
 use half::bf16;
 use std::ops::Range;
 
-use super::blocks::{Line, Multiply, Product, Sizes, Turn, VECTORS};
+use super::blocks::{Line, Multiply, Product, Sizes, Turn, VECTORS, WIDTH};
 use super::brain::{Left, Right};
 use crate::ops::lanes::LANES;
 
@@ -14,7 +14,22 @@ pub(super) type Pair = u32;
 #[derive(Clone, Copy)]
 pub(super) enum Pairs {}
 
+/// See `pairs.rs`.
+#[derive(Clone, Copy)]
+pub(in crate::ops) struct Stored<'a> {
+    pub(in crate::ops) rows: &'a [&'a [bf16]; WIDTH],
+    pub(in crate::ops) range: (usize, usize),
+}
+
 impl Pairs {
+    pub(super) fn turn_stored(self, _: Stored<'_>, _: usize, _: &mut [Line<Pair>]) {
+        match self {}
+    }
+
+    pub(super) fn pack_stored(self, _: Stored<'_>, _: usize, _: &mut [Line<Pair>]) -> bool {
+        match self {}
+    }
+
     pub(super) fn detect() -> Option<Self> {
         None
     }

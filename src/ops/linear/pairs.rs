@@ -54,12 +54,8 @@ impl Pairs {
     pub(super) fn lay_out(self, a: Left<'_>, sizes: Sizes, first: usize, pairs: Range<usize>, out: &mut [Pair]) {
         let (height, numbers) = (out.len() / pairs.len(), 2 * pairs.start..sizes.k.min(2 * pairs.end));
         match a {
-            Left::Rows(a) => {
-                for (index, row) in a[first * sizes.k..].chunks_exact(sizes.k).take(height).enumerate() {
-                    // SAFETY: `self` is proof of the features.
-                    unsafe { spread_row(&row[numbers.clone()], index, height, out) }
-                }
-            }
+            // SAFETY: `self` is proof of the features.
+            Left::Rows(a) => unsafe { spread_rows(&a[first * sizes.k..], sizes.k, numbers, height, out) },
             Left::Columns(a) => {
                 let a = &a[numbers.start * sizes.rows..numbers.end * sizes.rows];
                 // SAFETY: the same.
@@ -139,6 +135,85 @@ impl Pairs {
     }
 }
 
+/// Rows of bf16 that follow each other in an operand, wherever they lie: those of `range`, as long as each other; in the place of others
+/// there are zeros.
+#[derive(Clone, Copy)]
+pub(in crate::ops) struct Stored<'a> {
+    pub(in crate::ops) rows: &'a [&'a [bf16]; WIDTH],
+    pub(in crate::ops) range: (usize, usize),
+}
+
+impl Stored<'_> {
+    /// The 32 numbers of row `index` from `first` on, zeros after its end.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn load(&self, index: usize, first: usize) -> __m512i {
+        let row = if (self.range.0..self.range.1).contains(&index) { self.rows[index] } else { &[] };
+        let left = row.len().saturating_sub(first).min(2 * LANES);
+        let mask = ((1_u64 << left) - 1) as u32;
+        // SAFETY: only numbers of the row are read, none where the mask is empty.
+        unsafe { _mm512_maskz_loadu_epi16(mask, row.as_ptr().wrapping_add(first).cast()) }
+    }
+}
+
+impl Pairs {
+    /// The rows, `[64, k]`, as columns of a panel.
+    pub(super) fn turn_stored(self, stored: Stored<'_>, k: usize, panel: &mut [Line<Pair>]) {
+        // SAFETY: `self` is proof of the features.
+        unsafe { self.turn_rows_stored(stored, k, panel) }
+    }
+
+    /// The columns from `first` on of the rows, `[64, columns]`, to a panel; whether all numbers are finite.
+    pub(super) fn pack_stored(self, stored: Stored<'_>, first: usize, panel: &mut [Line<Pair>]) -> bool {
+        // SAFETY: the same.
+        unsafe { pairs_of_rows_stored(stored, first, panel) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn turn_rows_stored(self, stored: Stored<'_>, k: usize, panel: &mut [Line<Pair>]) {
+        for (block, lines) in panel.chunks_exact_mut(LANES).enumerate().take(k.div_ceil(2 * LANES)) {
+            for vector in 0..VECTORS {
+                let mut pairs = [_mm512_setzero_ps(); LANES];
+                for (lane, pairs) in pairs.iter_mut().enumerate() {
+                    *pairs = _mm512_castsi512_ps(stored.load(vector * LANES + lane, block * 2 * LANES));
+                }
+                let turned = self.0.transpose(pairs);
+                for (line, pairs) in lines.iter_mut().zip(&turned) {
+                    // SAFETY: sixteen writable pairs.
+                    unsafe { _mm512_storeu_ps(line.0[vector].as_mut_ptr().cast(), *pairs) };
+                }
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pairs_of_rows_stored(stored: Stored<'_>, first: usize, panel: &mut [Line<Pair>]) -> bool {
+    // Number i of one row, then number i of the other, whose numbers count from 32 on.
+    let order = |first: usize| {
+        let order: [u16; 2 * LANES] = std::array::from_fn(|i| (first + i / 2 + i % 2 * 2 * LANES) as u16);
+        // SAFETY: 32 readable numbers.
+        unsafe { _mm512_loadu_si512(order.as_ptr().cast()) }
+    };
+    let orders = [order(0), order(LANES)];
+    // All ones in infinities and what is no number.
+    let exponent = _mm512_set1_epi16(0x7f80);
+    let mut strange = 0;
+    for (pair, line) in panel.iter_mut().enumerate() {
+        for (half, parts) in line.0.chunks_exact_mut(2).enumerate() {
+            let columns = first + half * 2 * LANES;
+            let (even, odd) = (stored.load(2 * pair, columns), stored.load(2 * pair + 1, columns));
+            for row in [even, odd] {
+                strange |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(row, exponent), exponent);
+            }
+            for (order, part) in orders.iter().zip(parts) {
+                store(_mm512_permutex2var_epi16(even, *order, odd), part);
+            }
+        }
+    }
+    strange == 0
+}
+
 /// The pairs of at most 32 numbers that follow each other, zeros after the last.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
@@ -163,11 +238,15 @@ fn pairs_of_row(row: &[f32], out: &mut [Pair]) {
     }
 }
 
-/// The pairs of a row of numbers, sixteen to every `height` of the places of sixteen, from place `index` on.
+/// The pairs of some numbers of each of `height` rows of k, or fewer: sixteen of one row, sixteen of the next, and so on.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn spread_row(row: &[f32], index: usize, height: usize, out: &mut [Pair]) {
-    for (x, out) in row.chunks(2 * LANES).zip(out.chunks_exact_mut(LANES).skip(index).step_by(height)) {
-        store(pairs_along(x), out);
+fn spread_rows(rows: &[f32], k: usize, numbers: Range<usize>, height: usize, out: &mut [Pair]) {
+    for (index, row) in rows.chunks_exact(k).take(height).enumerate() {
+        let mut place = index * LANES;
+        for x in row[numbers.clone()].chunks(2 * LANES) {
+            store(pairs_along(x), &mut out[place..place + LANES]);
+            place += height * LANES;
+        }
     }
 }
 
