@@ -1,16 +1,17 @@
-//! Attention rows multiplied in bf16, in the processor's matrix unit: queries, keys, values and weights are rounded, scores, softmax and
-//! sums stay in float32. As in `rows`, nothing depends on how a sequence is cut or on what is computed beside it.
+//! Attention rows over keys and values of bf16, multiplied in the processor's matrix unit: queries and weights are rounded, scores, softmax
+//! and sums stay in float32. As in `rows`, nothing depends on how a sequence is cut or on what is computed beside it.
 
 use super::rows::{Rows, Span, State, TILE, Weigh};
-use crate::ops::lanes::{Element, Isa, Kernel, LANES, store_part, widen_part};
+use crate::ops::lanes::{Isa, Kernel, LANES, store_part, widen_part};
 use crate::ops::linear::small::{COLUMNS, Panel, Small, Stored, Strips};
+use half::bf16;
 use std::ops::Range;
 
 /// What a thread multiplies.
 #[derive(Default)]
 pub(super) struct Operands {
-    /// Rows of numbers before they are rounded.
-    rows: Vec<f32>,
+    /// `[queries, head_dim]`: scaled.
+    scaled: Vec<f32>,
     queries: Strips,
     weights: Strips,
     keys: Panel,
@@ -22,7 +23,7 @@ pub(super) struct Operands {
     seen: Vec<Range<usize>>,
 }
 
-impl<E: Element> Rows<'_, '_, E> {
+impl Rows<'_, '_, bf16> {
     /// Computes the rows and writes them.
     pub(super) fn compute_in_bf16(&self, small: Small, state: &mut State, operands: &mut Operands) {
         self.begin(state);
@@ -31,23 +32,17 @@ impl<E: Element> Rows<'_, '_, E> {
         state.scores.resize(whole, [0.0; TILE]);
         operands.products.resize(whole * COLUMNS, 0.0);
         operands.values.resize_with(head_dim.div_ceil(COLUMNS), Panel::default);
-        operands.rows.resize(count * head_dim, 0.0);
-        for (query, to) in state.queries.iter().zip(operands.rows.chunks_exact_mut(head_dim)) {
+        operands.scaled.resize(count * head_dim, 0.0);
+        for (query, to) in state.queries.iter().zip(operands.scaled.chunks_exact_mut(head_dim)) {
             self.body.run(Scale { from: &self.q[query.start..][..head_dim], scale: self.shape.scale, to });
         }
-        small.left(&operands.rows, head_dim, &mut operands.queries);
+        small.left(&operands.scaled, head_dim, &mut operands.queries);
         let multiplier = small.multiplier(count);
         let mut span = Span::default();
         for (first, range) in self.tiles() {
             self.fetch_tile(first, range.clone(), &mut span);
-            let part = Part { rows: &span.keys, range: range.clone(), head_dim };
-            match part.stored() {
-                Some(keys) => small.right_turned_stored(keys, head_dim, &mut operands.keys),
-                None => {
-                    self.body.run(Gather { part, to: &mut operands.rows });
-                    small.right_turned(&operands.rows, head_dim, &mut operands.keys);
-                }
-            }
+            let stored = |rows| Stored { rows, range: (range.start, range.end) };
+            small.turned(stored(&span.keys), head_dim, &mut operands.keys);
             multiplier.multiply(&operands.queries, &operands.keys, state.scores.as_flattened_mut());
             operands.seen.clear();
             operands.seen.extend(state.queries.iter().map(|query| self.seen_of(query, first)));
@@ -61,14 +56,9 @@ impl<E: Element> Rows<'_, '_, E> {
             for (scores, _) in state.scores.iter_mut().zip(&operands.seen).filter(|(_, seen)| seen.is_empty()) {
                 scores.fill(0.0);
             }
-            let part = Part { rows: &span.values, range, head_dim };
-            let stored = part.stored();
-            let mut finite = stored.is_some() || self.body.run(Gather { part, to: &mut operands.rows });
+            let mut finite = true;
             for (index, panel) in operands.values.iter_mut().enumerate() {
-                match stored {
-                    Some(values) => finite &= small.right_stored(values, index * COLUMNS, panel),
-                    None => small.right(&operands.rows, head_dim, index * COLUMNS, panel),
-                }
+                finite &= small.right(stored(&span.values), index * COLUMNS, panel);
             }
             if !finite {
                 // Zero times infinity: who does not see such a value must not multiply it.
@@ -85,49 +75,6 @@ impl<E: Element> Rows<'_, '_, E> {
             }
         }
         self.finish(state);
-    }
-}
-
-/// Keys or values of the positions `range` of a tile, `[head_dim]` each.
-struct Part<'a, E> {
-    rows: &'a [&'a [E]; TILE],
-    range: Range<usize>,
-    head_dim: usize,
-}
-
-impl<'a, E: Element> Part<'a, E> {
-    /// The same, if they need no rounding.
-    fn stored(&self) -> Option<Stored<'a>> {
-        E::as_bf16(self.rows).map(|rows| Stored { rows, range: (self.range.start, self.range.end) })
-    }
-}
-
-/// `to` `[TILE, head_dim]` = `part`, zeros at other positions; whether all numbers are finite.
-struct Gather<'a, E> {
-    part: Part<'a, E>,
-    to: &'a mut Vec<f32>,
-}
-
-impl<E: Element> Kernel for Gather<'_, E> {
-    type Output = bool;
-
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> bool {
-        let Self { part: Part { rows: from, range, head_dim }, to } = self;
-        to.resize(TILE * head_dim, 0.0);
-        to[..range.start * head_dim].fill(0.0);
-        to[range.end * head_dim..].fill(0.0);
-        // y - y is zero unless y is infinite or no number: where x, rounded to bf16, would be, or nearly.
-        let (mut strange, more) = (isa.splat(0.0), isa.splat(1.0 + 1.0 / 256.0));
-        for (from, to) in from[range.clone()].iter().zip(to[range.start * head_dim..].chunks_exact_mut(head_dim)) {
-            for (from, to) in from.chunks(LANES).zip(to.chunks_mut(LANES)) {
-                let x = widen_part(isa, from);
-                let y = isa.mul(x, more);
-                strange = isa.add(strange, isa.sub(y, y));
-                store_part(isa, x, to);
-            }
-        }
-        isa.sum(strange) == 0.0
     }
 }
 

@@ -7,6 +7,7 @@ use super::parallel;
 use super::parameter::Precision;
 use super::storage::{Shared, Weights, slice, written};
 use crate::error::Result;
+use brain::Operands;
 use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Storage, Tensor};
 use rows::{Heads, Rows, Span, State};
 use std::ops::Range;
@@ -38,8 +39,8 @@ pub struct PagedBatch {
 }
 
 /// Attention of `q` `[T, heads, head_dim]` f32 over `k_cache` and `v_cache` `[blocks, kv_heads, block_size, head_dim]`, f32, bf16 or
-/// f16, to `[T, heads * head_dim]` f32. Query head h reads key head h / (heads / kv_heads). [`Precision::Bf16`] rounds what is multiplied,
-/// where the processor has a matrix unit. Fails where the batch does not fit the tensors.
+/// f16, to `[T, heads * head_dim]` f32. Query head h reads key head h / (heads / kv_heads). With [`Precision::Bf16`] queries and weights
+/// are rounded where keys and values are bf16 and the processor has a matrix unit. Fails where the batch does not fit the tensors.
 pub fn paged_attention(
     q: &Tensor,
     [k_cache, v_cache]: [&Tensor; 2],
@@ -84,7 +85,7 @@ struct Paged<'a> {
     batch: &'a PagedBatch,
     scale: f32,
     body: Body,
-    /// Multiplies in bf16; float32 without it.
+    /// Multiplies keys and values of bf16; float32 without it.
     small: Option<Small>,
 }
 
@@ -122,9 +123,14 @@ impl CustomOp3 for Paged<'_> {
         let k = Weights::new("paged_attention", k, k_layout)?;
         let v = Weights::new("paged_attention", v, v_layout)?;
         let out = match (k, v) {
-            (Weights::F32(k), Weights::F32(v)) => self.attend(&shape, q, &chunks, k, v),
-            (Weights::Bf16(k), Weights::Bf16(v)) => self.attend(&shape, q, &chunks, k, v),
-            (Weights::F16(k), Weights::F16(v)) => self.attend(&shape, q, &chunks, k, v),
+            (Weights::F32(k), Weights::F32(v)) => self.attend(&shape, q, &chunks, [k, v], exact),
+            (Weights::Bf16(k), Weights::Bf16(v)) => match self.small {
+                Some(small) => self.attend(&shape, q, &chunks, [k, v], |rows, state, operands| {
+                    rows.compute_in_bf16(small, state, operands);
+                }),
+                None => self.attend(&shape, q, &chunks, [k, v], exact),
+            },
+            (Weights::F16(k), Weights::F16(v)) => self.attend(&shape, q, &chunks, [k, v], exact),
             _ => candle_core::bail!("paged_attention: keys and values of different types"),
         };
         Ok((CpuStorage::F32(out), Shape::from((rows, heads * head_dim))))
@@ -133,9 +139,16 @@ impl CustomOp3 for Paged<'_> {
 
 impl Paged<'_> {
     /// All chunks, over caches of any type.
-    fn attend<E: Element>(&self, shape: &Heads, q: &[f32], chunks: &[Chunk], k: &[E], v: &[E]) -> Vec<f32> {
+    fn attend<'kv, E: Element>(
+        &self,
+        shape: &Heads,
+        q: &[f32],
+        chunks: &[Chunk],
+        [k, v]: [&'kv [E]; 2],
+        compute: impl Fn(&Rows<'_, 'kv, E>, &mut State, &mut Operands) + Sync,
+    ) -> Vec<f32> {
         let (block_size, kv_heads, head_dim) = (self.batch.block_size, shape.kv_heads, shape.head_dim);
-        attend((self.body, self.small), shape, q, chunks, |chunk, kv_head, positions, span| {
+        let fetch = |chunk: usize, kv_head: usize, positions: Range<usize>, span: &mut Span<'kv, E>| {
             let table = &self.batch.tables[chunk];
             let mut position = positions.start;
             while position < positions.end {
@@ -148,7 +161,8 @@ impl Paged<'_> {
                 }
                 position += count;
             }
-        })
+        };
+        attend(self.body, shape, q, chunks, fetch, compute)
     }
 }
 
@@ -212,13 +226,20 @@ impl CustomOp3 for Packed {
         let q: &[f32] = slice("packed_attention", q, q_layout)?;
         let k: &[f32] = slice("packed_attention", k, k_layout)?;
         let v: &[f32] = slice("packed_attention", v, v_layout)?;
-        let out = attend((self.body, None), &shape, q, &chunks, |chunk, kv_head, positions, span| {
-            let first = self.starts[chunk];
-            for position in positions {
-                let i = ((first + position) * kv_heads + kv_head) * head_dim;
-                span.push(&k[i..i + head_dim], &v[i..i + head_dim]);
-            }
-        });
+        let row =
+            |chunk: usize, position: usize, kv_head| ((self.starts[chunk] + position) * kv_heads + kv_head) * head_dim;
+        let out = attend(
+            self.body,
+            &shape,
+            q,
+            &chunks,
+            |chunk, kv_head, positions, span| {
+                for i in positions.map(|position| row(chunk, position, kv_head)) {
+                    span.push(&k[i..i + head_dim], &v[i..i + head_dim]);
+                }
+            },
+            exact,
+        );
         Ok((CpuStorage::F32(out), Shape::from((rows, heads * head_dim))))
     }
 }
@@ -342,6 +363,11 @@ struct Chunk {
     rows: Range<usize>,
 }
 
+/// Rows in float32.
+fn exact<E: Element>(rows: &Rows<'_, '_, E>, state: &mut State, _: &mut Operands) {
+    rows.compute(state);
+}
+
 /// One piece of work: some rows of chunk `chunk` for one key head.
 struct Piece {
     chunk: usize,
@@ -349,14 +375,15 @@ struct Piece {
     position: usize,
 }
 
-/// All rows of all chunks, which cover `q`, in bf16 where there is a [`Small`]; `fetch(chunk, kv_head, positions, span)` pushes the keys and values of those positions in
-/// order.
+/// All rows of all chunks, which cover `q`, by `compute`; `fetch(chunk, kv_head, positions, span)` pushes the keys and values of those
+/// positions in order.
 fn attend<'a, E: Element>(
-    (body, small): (Body, Option<Small>),
+    body: Body,
     shape: &Heads,
     q: &[f32],
     chunks: &[Chunk],
     fetch: impl Fn(usize, usize, Range<usize>, &mut Span<'a, E>) + Sync,
+    compute: impl Fn(&Rows<'_, 'a, E>, &mut State, &mut Operands) + Sync,
 ) -> Vec<f32> {
     if q.is_empty() {
         return Vec::new();
@@ -375,7 +402,7 @@ fn attend<'a, E: Element>(
     #[allow(unsafe_code)]
     unsafe {
         written(q.len(), |out| {
-            let own = || (State::new(shape.head_dim), brain::Operands::default());
+            let own = || (State::new(shape.head_dim), Operands::default());
             parallel::for_each_init(pieces.len() * shape.kv_heads, own, |(state, operands), index| {
                 let (piece, kv_head) = (&pieces[index / shape.kv_heads], index % shape.kv_heads);
                 let rows = Rows {
@@ -388,10 +415,7 @@ fn attend<'a, E: Element>(
                     kv_head,
                     fetch: &|positions, span| fetch(piece.chunk, kv_head, positions, span),
                 };
-                match small {
-                    Some(small) => rows.compute_in_bf16(small, state, operands),
-                    None => rows.compute(state),
-                }
+                compute(&rows, state, operands);
             });
         })
     }

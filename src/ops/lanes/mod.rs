@@ -217,11 +217,6 @@ impl Body {
 /// A storage type of parameters, widened to f32 exactly.
 pub(super) trait Element: Copy + Default + Send + Sync + 'static {
     fn widen<I: Isa>(isa: I, x: &[Self; LANES]) -> I::V;
-
-    /// The same rows, if they are of bf16.
-    fn as_bf16<'a, const N: usize>(_: &'a [&'a [Self]; N]) -> Option<&'a [&'a [bf16]; N]> {
-        None
-    }
 }
 
 impl Element for f32 {
@@ -235,10 +230,6 @@ impl Element for bf16 {
     #[inline(always)]
     fn widen<I: Isa>(isa: I, x: &[Self; LANES]) -> I::V {
         isa.load_bf16(x)
-    }
-
-    fn as_bf16<'a, const N: usize>(rows: &'a [&'a [Self]; N]) -> Option<&'a [&'a [bf16]; N]> {
-        Some(rows)
     }
 }
 

@@ -157,7 +157,7 @@ impl Stored<'_> {
 }
 
 impl Pairs {
-    /// The rows, `[64, k]`, as columns of a panel.
+    /// The rows, `[64, k]`, as columns of a panel; sixteen columns that are not there at all stay what they were.
     pub(super) fn turn_stored(self, stored: Stored<'_>, k: usize, panel: &mut [Line<Pair>]) {
         // SAFETY: `self` is proof of the features.
         unsafe { self.turn_rows_stored(stored, k, panel) }
@@ -172,7 +172,7 @@ impl Pairs {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn turn_rows_stored(self, stored: Stored<'_>, k: usize, panel: &mut [Line<Pair>]) {
         for (block, lines) in panel.chunks_exact_mut(LANES).enumerate().take(k.div_ceil(2 * LANES)) {
-            for vector in 0..VECTORS {
+            for vector in stored.range.0 / LANES..stored.range.1.div_ceil(LANES) {
                 let mut pairs = [_mm512_setzero_ps(); LANES];
                 for (lane, pairs) in pairs.iter_mut().enumerate() {
                     *pairs = _mm512_castsi512_ps(stored.load(vector * LANES + lane, block * 2 * LANES));

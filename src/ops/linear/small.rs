@@ -2,7 +2,7 @@
 //! consists of. Sums have the order of [`Registers::multiply_bf16`], whatever the number of rows.
 
 use super::blocks::{Line, Sizes, WIDTH};
-use super::brain::{Left, Right};
+use super::brain::Left;
 pub(in crate::ops) use super::pairs::Stored;
 use super::pairs::{Pair, Pairs};
 use crate::ops::amx::{Amx, Hints, PAIRS, ROWS, Registers};
@@ -73,27 +73,14 @@ impl Small {
         }
     }
 
-    /// Rounds the transpose of `x` `[COLUMNS, k]`.
-    pub(in crate::ops) fn right_turned(self, x: &[f32], k: usize, panel: &mut Panel) {
-        panel.0.resize(k.div_ceil(2).next_multiple_of(PAIRS), Line::default());
-        self.pairs.pack(Right::Columns(x), Sizes { rows: 0, columns: COLUMNS, k }, 0, &mut panel.0);
-    }
-
-    /// Rounds the columns of `x` `[k, columns]` from `first` on. After the last one there may be what was there before.
-    pub(in crate::ops) fn right(self, x: &[f32], columns: usize, first: usize, panel: &mut Panel) {
-        let k = x.len() / columns;
-        panel.0.resize(k.div_ceil(2).next_multiple_of(PAIRS), Line::default());
-        self.pairs.pack(Right::Rows(x), Sizes { rows: 0, columns, k }, first, &mut panel.0);
-    }
-
-    /// [`Small::right_turned`] of rows of bf16.
-    pub(in crate::ops) fn right_turned_stored(self, rows: Stored<'_>, k: usize, panel: &mut Panel) {
+    /// `rows` `[COLUMNS, k]` turned. In the place of those that are not there may be what was there before.
+    pub(in crate::ops) fn turned(self, rows: Stored<'_>, k: usize, panel: &mut Panel) {
         panel.0.resize(k.div_ceil(2).next_multiple_of(PAIRS), Line::default());
         self.pairs.turn_stored(rows, k, &mut panel.0);
     }
 
-    /// [`Small::right`] of rows of bf16; whether all numbers are finite.
-    pub(in crate::ops) fn right_stored(self, rows: Stored<'_>, first: usize, panel: &mut Panel) -> bool {
+    /// The columns of `rows` `[COLUMNS, columns]` from `first` on, and whether all numbers are finite.
+    pub(in crate::ops) fn right(self, rows: Stored<'_>, first: usize, panel: &mut Panel) -> bool {
         panel.0.resize(COLUMNS / 2, Line::default());
         self.pairs.pack_stored(rows, first, &mut panel.0)
     }
@@ -127,14 +114,12 @@ mod tests {
     #[test]
     fn products_are_those_of_rounded_numbers_whatever_the_number_of_rows() {
         let Some(small) = Small::of(Precision::Bf16) else { return };
-        for (rows, k) in [(1, 64), (3, 9), (16, 20), (40, 128), (96, 64)] {
-            let (a, b) = (numbers(1, rows * k), numbers(2, COLUMNS * k));
-            let round = |x: f32| f64::from(bf16::from_f32(x).to_f32());
-            let sum = |row: usize, column: usize| -> f64 {
-                (0..k).map(|i| round(a[row * k + i]) * round(b[column * k + i])).sum()
-            };
-            let expected: Vec<f64> = (0..rows * COLUMNS).map(|i| sum(i / COLUMNS, i % COLUMNS)).collect();
-            let run = |a: &[f32], right: &Panel| {
+        let round = |x: &f32| bf16::from_f32(*x);
+        for (rows, k, range) in [(1, 64, (0, 64)), (3, 9, (5, 64)), (16, 20, (0, 33)), (40, 128, (40, 41))] {
+            let a = numbers(1, rows * k);
+            let stored: Vec<bf16> = numbers(2, COLUMNS * k).iter().map(round).collect();
+            let b: [&[bf16]; COLUMNS] = std::array::from_fn(|row| &stored[row * k..][..k]);
+            let run = |a: &[f32], k: usize, right: &Panel| {
                 let (mut left, count) = (Strips::default(), a.len() / k);
                 small.left(a, k, &mut left);
                 let mut out = vec![7.0; Small::whole(count) * COLUMNS];
@@ -142,20 +127,28 @@ mod tests {
                 out.truncate(count * COLUMNS);
                 out
             };
+            let product = |x: &f32, y: bf16| f64::from(round(x).to_f32()) * f64::from(y.to_f32());
+            let check = |a: &[f32], k: usize, right: &Panel, b: &dyn Fn(usize, usize) -> bf16| {
+                let sum = |i: usize| {
+                    a[i / COLUMNS * k..][..k].iter().enumerate().map(|(j, x)| product(x, b(j, i % COLUMNS))).sum()
+                };
+                let expected: Vec<f64> = (0..rows * COLUMNS).map(sum).collect();
+                let all = run(a, k, right);
+                check_close(&format!("{rows}x{k}"), &all, &expected, 1e-6 * k as f64);
+                for (row, expected) in all.chunks(COLUMNS).enumerate() {
+                    check_bits(&format!("row {row} of {rows}"), &run(&a[row * k..][..k], k, right), expected);
+                }
+            };
+            let there = |row: usize| (range.0..range.1).contains(&row);
             let mut right = Panel::default();
-            small.right_turned(&b, k, &mut right);
-            let all = run(&a, &right);
-            check_close(&format!("{rows}x{k}"), &all, &expected, 1e-6 * k as f64);
-            for (row, expected) in all.chunks(COLUMNS).enumerate() {
-                check_bits(&format!("row {row} of {rows}"), &run(&a[row * k..][..k], &right), expected);
+            small.turned(Stored { rows: &b, range }, k, &mut right);
+            check(&a, k, &right, &|j, column| if there(column) { b[column][j] } else { bf16::ZERO });
+            for first in (0..k).step_by(COLUMNS) {
+                let mut right = Panel::default();
+                assert!(small.right(Stored { rows: &b, range }, first, &mut right));
+                let column = |row: usize, column: usize| b[row].get(first + column).copied().filter(|_| there(row));
+                check(&numbers(3, rows * COLUMNS), COLUMNS, &right, &|j, i| column(j, i).unwrap_or_default());
             }
-            // The same columns after some others.
-            let mut wide = vec![1.0; k * (COLUMNS + 10)];
-            for (i, row) in wide.chunks_exact_mut(COLUMNS + 10).enumerate() {
-                row[10..].iter_mut().enumerate().for_each(|(column, x)| *x = b[column * k + i]);
-            }
-            small.right(&wide, COLUMNS + 10, 10, &mut right);
-            check_bits("rows", &run(&a, &right), &all);
         }
     }
 }
