@@ -307,6 +307,16 @@ fn a_policy_with_a_cache_of_bf16_answers_the_same_in_any_company() {
 }
 
 #[test]
+fn a_policy_whose_attention_multiplies_in_bf16_answers_the_same_in_any_company() {
+    check_runner("attention in bf16", Kind::Policy, |block_count, block_size| {
+        let mut model = gguf::model("bf16.gguf");
+        model.pack().unwrap();
+        let cache = KvCache::of(&model, DType::BF16, block_count, block_size).unwrap();
+        Runner::new(model, cache)
+    });
+}
+
+#[test]
 fn a_policy_with_one_key_head_answers_the_same_in_any_company() {
     check("llama-eos-list", Kind::Policy);
 }
