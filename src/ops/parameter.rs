@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 /// How the products of a weight are computed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Precision {
-    /// In float32, with the bits of serving.
+    /// In float32: the same bits on every processor, in training and in serving.
     #[default]
     F32,
     /// Both operands rounded to bf16, sums in float32: at least twice as fast where the processor has it.

@@ -49,7 +49,8 @@ impl Out<'_> {
         c.ask(start, len);
     }
 
-    fn take(&self, start: usize, sums: &[f32]) {
+    /// Puts sums to their places, from `start` on.
+    pub(super) fn take(&self, start: usize, sums: &[f32]) {
         // SAFETY: every sum is handed out once, so no other thread has this part.
         #[allow(unsafe_code)]
         unsafe {

@@ -206,7 +206,9 @@ impl Product {
                 }
                 _ => {
                     self.multiply(registers, turn.clone(), panel, sums);
-                    self.put(turn.start..all.min(turn.end), column..column + width, sums, out);
+                    for (row, sums) in (turn.start..all.min(turn.end)).zip(sums.chunks_exact(WIDTH)) {
+                        out.take(row * columns + column, &sums[..width]);
+                    }
                 }
             }
         }
@@ -229,23 +231,5 @@ impl Product {
     fn hints(&self) -> Hints {
         // Panels are read once where there is one strip.
         Hints { ahead: if self.sizes.rows <= ROWS { PREFETCH_BYTES } else { 0 }, more_rows: false }
-    }
-
-    /// Puts the sums of rows to their places.
-    fn put(&self, rows: Range<usize>, columns: Range<usize>, sums: &[f32], out: &Out<'_>) {
-        for (row, sums) in rows.zip(sums.chunks_exact(WIDTH)) {
-            let (start, sums) = (row * self.sizes.columns + columns.start, &sums[..columns.len()]);
-            match out {
-                // SAFETY: every sum has a place of its own.
-                #[allow(unsafe_code)]
-                Out::Fresh(c) => unsafe { c.write(start, sums) },
-                Out::Added(c) => {
-                    // SAFETY: the same.
-                    #[allow(unsafe_code)]
-                    let c = unsafe { c.part(start, sums.len()) };
-                    c.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
-                }
-            }
-        }
     }
 }
