@@ -103,7 +103,8 @@ pub enum Quantization {
     Q6K,
 }
 
-/// How products of linear layers are computed. Norms, rotations, attention and all sums are float32 in either case.
+/// How products of linear layers are computed, and those of attention where [`CacheDtype::Auto`] says so. Norms, rotations and all sums
+/// are float32 in either case.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum ComputeDtype {
@@ -118,13 +119,13 @@ pub enum ComputeDtype {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum CacheDtype {
-    /// The one that the model computes in: float32 on a CPU, where results are exact then.
+    /// The one that the model computes in. On a CPU that is float32, where results are exact then, but bf16 where `compute_dtype` bf16
+    /// multiplies on Intel's AMX: attention uses it, too, then, which makes long prompts faster.
     #[default]
     Auto,
     /// float32.
     F32,
-    /// bf16: half the memory, and half of what long contexts read at every step. Where `compute_dtype` bf16 uses Intel's AMX, attention
-    /// does, too, which makes long prompts faster.
+    /// bf16: half the memory, and half of what long contexts read at every step.
     Bf16,
     /// f16: as bf16, with finer steps and a narrower range.
     F16,

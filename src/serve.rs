@@ -134,7 +134,7 @@ fn load_all(config: &Config, metrics: &Metrics) -> Result<Loaded> {
     let wanted = [(Kind::Policy, &config.model), (Kind::Reward, &config.reward_model)];
     let wanted = wanted.into_iter().filter(|(_, source)| *source != NONE);
     let opened = wanted.map(|(kind, _)| load::opened(kind, config, metrics)).collect::<Result<Vec<_>>>()?;
-    let needs = opened.iter().map(|opened| Needs::new(&opened.checkpoint, opened.rounding, &first, &config.engine));
+    let needs = opened.iter().map(|opened| Needs::new(&opened.checkpoint, opened.numbers, &first, &config.engine));
     let mut memory = Memory::new(&first, needs.collect::<Result<Vec<_>>>()?);
     let mut loaded = Loaded { models: Vec::new(), engines: Vec::new() };
     for opened in opened {

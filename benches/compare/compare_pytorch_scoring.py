@@ -50,7 +50,7 @@ def server():
     dtype = "f32" if options.f32 else "bf16"
     process = subprocess.Popen(
         [options.eurus, "serve", "--model", "none", "--reward-model", options.checkpoint, "--port", str(port), "--threads", str(options.threads),
-         "--reward-compute-dtype", dtype, "--kv-cache-dtype", dtype], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+         "--reward-compute-dtype", dtype], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(600):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/ready").read()

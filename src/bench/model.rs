@@ -117,7 +117,8 @@ pub fn run(options: &Options, mut model: Model) -> Result<Report> {
     if !on_cpu && options.kv_cache_dtype != CacheDtype::Auto {
         return Err(Error::invalid("--kv-cache-dtype", "on a GPU the cache has the model's type: leave it at auto"));
     }
-    let dtype = if on_cpu { host_cache_dtype(options.kv_cache_dtype) } else { place.dtype() };
+    let dtype =
+        if on_cpu { host_cache_dtype(options.kv_cache_dtype, model.decoder.precision()) } else { place.dtype() };
     let cache = KvCache::of(&model, dtype, sequences * longest.div_ceil(BLOCK_SIZE), BLOCK_SIZE)?;
     let runner = Runner::new(model, cache);
     let mut bench = Bench { runner, blocks: longest.div_ceil(BLOCK_SIZE), vocab: config.vocab, filled: 0 };

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
@@ -251,11 +251,18 @@ impl Checkpoint {
 
     /// Bytes of the tensors in a CPU's memory, once they are rounded.
     pub fn memory_bytes(&self, rounding: Option<Rounding>) -> u64 {
-        let kept = |info: &TensorInfo| match rounding {
-            None => tensor::memory_bytes(info, &info.storage),
-            Some(rounding) => tensor::memory_bytes(info, &rounding.storage(info, &self.config)),
-        };
-        self.headers().iter().map(kept).sum()
+        self.headers().iter().map(|info| tensor::memory_bytes(info, &self.kept(info, rounding))).sum()
+    }
+
+    /// Whether the layers' matrices are bf16 in a CPU's memory, once they are rounded.
+    pub fn is_bf16(&self, rounding: Option<Rounding>) -> bool {
+        let first = self.headers().into_iter().find(|info| info.name == "model.layers.0.self_attn.q_proj.weight");
+        first.is_some_and(|info| self.kept(&info, rounding) == Storage::Float(DType::BF16))
+    }
+
+    /// How a tensor is kept in a CPU's memory.
+    fn kept(&self, info: &TensorInfo, rounding: Option<Rounding>) -> Storage {
+        rounding.map_or_else(|| info.storage.clone(), |rounding| rounding.storage(info, &self.config))
     }
 
     /// Reads the tensors onto `device`, after [`Checkpoint::check_tensors`].

@@ -75,7 +75,8 @@ pub(super) struct SettingArgs {
     /// Memory of each model's key/value cache, in GiB
     #[arg(long, env = "EURUS_ENGINE__KV_CACHE_GIB", value_name = "GIB")]
     kv_cache_gib: Option<f64>,
-    /// Type of the numbers in the key/value cache on a CPU: auto and f32 are exact, bf16 and f16 take half the memory
+    /// Type of the numbers in the key/value cache on a CPU: f32 is exact, bf16 and f16 take half the memory; auto is f32,
+    /// or bf16 where compute-dtype bf16 uses Intel's AMX
     #[arg(long, env = "EURUS_ENGINE__KV_CACHE_DTYPE", value_name = "TYPE", value_enum)]
     kv_cache_dtype: Option<CacheDtype>,
     /// Tokens computed in one step at most

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::load;
+use super::load::{self, Numbers};
 use super::memory::{Memory, Needs};
 use crate::{
     checkpoint::{Checkpoint, Rounding},
@@ -30,10 +30,9 @@ pub fn check(config: &Config) -> (String, Result<()>) {
             Ok(checkpoint) => checkpoints.push((kind, source, checkpoint)),
         }
     }
-    let needs = checkpoints.iter().map(|(kind, _, checkpoint)| {
-        let rounding = load::rounding(*kind, config);
-        Needs::new(checkpoint, rounding, &device, &config.engine)
-    });
+    let needs = checkpoints
+        .iter()
+        .map(|(kind, _, checkpoint)| Needs::new(checkpoint, Numbers::of(*kind, config), &device, &config.engine));
     let needs = match needs.collect::<Result<Vec<_>>>() {
         Ok(needs) => needs,
         Err(error) => return (report, Err(error)),
@@ -47,7 +46,7 @@ pub fn check(config: &Config) -> (String, Result<()>) {
         };
         note(load::check_kind(*kind, checkpoint));
         note(checkpoint.check_tensors());
-        let rounding = load::rounding(*kind, config);
+        let rounding = Numbers::of(*kind, config).rounding;
         if rounding.is_some() {
             note(checkpoint.check_roundable());
         }

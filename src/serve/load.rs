@@ -27,8 +27,26 @@ use crate::{
 pub(super) struct Opened {
     pub(super) kind: Kind,
     pub(super) checkpoint: Checkpoint,
+    pub(super) numbers: Numbers,
+}
+
+/// How the numbers of a model are kept and multiplied.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Numbers {
     /// What its matrices are rounded to while they are loaded.
     pub(super) rounding: Option<Rounding>,
+    pub(super) compute_dtype: ComputeDtype,
+}
+
+impl Numbers {
+    /// Those of the policy or the reward model of `config`.
+    pub(super) fn of(kind: Kind, config: &Config) -> Self {
+        let (asked, compute_dtype) = match kind {
+            Kind::Policy => (config.quantize, config.compute_dtype),
+            Kind::Reward => (config.reward_quantize, config.reward_compute_dtype),
+        };
+        Self { rounding: asked.map(Rounding::from), compute_dtype }
+    }
 }
 
 /// The checkpoint of the policy or the reward model of `config`, which is of that kind.
@@ -38,7 +56,7 @@ pub(super) struct Opened {
 pub(super) fn opened(kind: Kind, config: &Config, metrics: &Metrics) -> Result<Opened> {
     let checkpoint = timed(metrics, "open", || open(kind, config))?;
     check_kind(kind, &checkpoint)?;
-    Ok(Opened { kind, checkpoint, rounding: rounding(kind, config) })
+    Ok(Opened { kind, checkpoint, numbers: Numbers::of(kind, config) })
 }
 
 /// A model of `config`, running on `device` as planned.
@@ -46,7 +64,7 @@ pub(super) fn opened(kind: Kind, config: &Config, metrics: &Metrics) -> Result<O
 /// # Errors
 /// A checkpoint that is damaged or does not fit into memory.
 pub(super) fn load(
-    Opened { kind, checkpoint, rounding }: Opened,
+    Opened { kind, checkpoint, numbers }: Opened,
     plan: &MemoryPlan,
     device: &Device,
     config: &Config,
@@ -64,14 +82,10 @@ pub(super) fn load(
     if plan.cache_len() < plan.len_max {
         tracing::warn!(model = name, "the cache holds {} tokens: longer sequences are refused", plan.cache_len());
     }
-    let compute_dtype = match kind {
-        Kind::Policy => config.compute_dtype,
-        Kind::Reward => config.reward_compute_dtype,
-    };
     let runner = timed(metrics, "load", || {
-        let mut model = load_model(&checkpoint, rounding, device)?;
+        let mut model = load_model(&checkpoint, numbers.rounding, device)?;
         if device.is_cpu() {
-            set_arithmetic(&mut model, compute_dtype, &name)?;
+            set_arithmetic(&mut model, numbers.compute_dtype, &name)?;
         }
         let cache = KvCache::of(&model, plan.cache_dtype(), plan.block_count, plan.block_size)?;
         memory::give_back();
@@ -120,15 +134,6 @@ pub(super) fn open(kind: Kind, config: &Config) -> Result<Checkpoint> {
         Some(path) if kind == Kind::Reward => checkpoint.with_reward_head(path),
         _ => Ok(checkpoint),
     }
-}
-
-/// What the matrices of the policy or the reward model are rounded to while they are loaded.
-pub(super) fn rounding(kind: Kind, config: &Config) -> Option<Rounding> {
-    let asked = match kind {
-        Kind::Policy => config.quantize,
-        Kind::Reward => config.reward_quantize,
-    };
-    asked.map(Rounding::from)
 }
 
 impl From<Quantization> for Rounding {

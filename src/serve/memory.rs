@@ -5,13 +5,15 @@ use std::fmt;
 use candle_core::{DType, Device};
 
 use crate::{
-    checkpoint::{Checkpoint, Rounding, Storage},
-    config::{CacheDtype, EngineConfig},
+    checkpoint::{Checkpoint, Storage},
+    config::{CacheDtype, ComputeDtype, EngineConfig},
     device,
     error::{Error, Result},
     model::config::ModelConfig,
-    ops::place::Place,
+    ops::{attention, parameter::Precision, place::Place},
 };
+
+use super::load::Numbers;
 
 /// Without a setting, a cache takes at most this part of the host's memory that is free: others need some too.
 const HOST_SHARE: f64 = 0.25;
@@ -23,10 +25,11 @@ const GPU_WORK_BYTES: u64 = 512 << 20;
 const LOGITS_ROWS: u64 = 256;
 const GIB: f64 = (1u64 << 30) as f64;
 
-/// The type of numbers in a cache in the host's memory.
-pub(crate) fn host_cache_dtype(asked: CacheDtype) -> DType {
+/// The type of numbers in a cache in the host's memory for a model that multiplies in `precision`.
+pub(crate) fn host_cache_dtype(asked: CacheDtype, precision: Precision) -> DType {
     match asked {
-        CacheDtype::Auto | CacheDtype::F32 => DType::F32,
+        CacheDtype::Auto => attention::cache_dtype(precision),
+        CacheDtype::F32 => DType::F32,
         CacheDtype::Bf16 => DType::BF16,
         CacheDtype::F16 => DType::F16,
     }
@@ -43,20 +46,24 @@ pub(super) struct Needs {
 }
 
 impl Needs {
-    /// Those of `checkpoint` on `device`, its matrices rounded as `rounding` says.
+    /// Those of `checkpoint` on `device`, its numbers kept and multiplied as `numbers` says.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a type of the cache that the device does not have.
     pub(super) fn new(
         checkpoint: &Checkpoint,
-        rounding: Option<Rounding>,
+        Numbers { rounding, compute_dtype }: Numbers,
         device: &Device,
         settings: &EngineConfig,
     ) -> Result<Self> {
         let headers = checkpoint.headers();
         if device.is_cpu() {
-            let weight_bytes = checkpoint.memory_bytes(rounding);
-            return Ok(Self { weight_bytes, work_bytes: 0, cache_dtype: host_cache_dtype(settings.kv_cache_dtype) });
+            let precision = match compute_dtype {
+                ComputeDtype::Bf16 if checkpoint.is_bf16(rounding) => Precision::Bf16,
+                _ => Precision::F32,
+            };
+            let cache_dtype = host_cache_dtype(settings.kv_cache_dtype, precision);
+            return Ok(Self { weight_bytes: checkpoint.memory_bytes(rounding), work_bytes: 0, cache_dtype });
         }
         if settings.kv_cache_dtype != CacheDtype::Auto {
             let message = "on a GPU the cache has the type that the model computes in: leave it at auto";
@@ -205,8 +212,8 @@ impl fmt::Display for MemoryPlan {
         if self.needs.work_bytes > 0 {
             write!(f, "work {}, ", gib(self.needs.work_bytes))?;
         }
-        let (cache, tokens) = (gib(self.cache_bytes()), self.cache_len());
-        write!(f, "cache {cache} for {tokens} tokens, sequences of up to {} tokens", self.len_max)
+        let (cache, dtype, tokens) = (gib(self.cache_bytes()), self.cache_dtype().as_str(), self.cache_len());
+        write!(f, "cache {cache} of {dtype} for {tokens} tokens, sequences of up to {} tokens", self.len_max)
     }
 }
 
@@ -219,6 +226,10 @@ fn gib(bytes: u64) -> String {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
+    use crate::{
+        checkpoint::{HubOptions, Rounding},
+        serve::load::open_source,
+    };
 
     /// 2 layers, 1 key head of width 8: 2 * 4 * 2 * 8 = 128 bytes of cache for a token.
     fn model() -> ModelConfig {
@@ -270,6 +281,24 @@ mod tests {
     }
 
     #[test]
+    fn a_cache_is_bf16_where_attention_will_multiply_bf16() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/serve/mistral-bf16");
+        let checkpoint = open_source(folder, &HubOptions::default()).unwrap();
+        let dtype = |compute_dtype, rounding, kv_cache_dtype| {
+            let settings = EngineConfig { kv_cache_dtype, ..EngineConfig::default() };
+            let numbers = Numbers { rounding, compute_dtype };
+            Needs::new(&checkpoint, numbers, &Device::Cpu, &settings).unwrap().cache_dtype
+        };
+        let unit = attention::cache_dtype(Precision::Bf16);
+        assert_eq!(dtype(ComputeDtype::F32, None, CacheDtype::Auto), DType::F32);
+        assert_eq!(dtype(ComputeDtype::Bf16, None, CacheDtype::Auto), unit);
+        assert_eq!(dtype(ComputeDtype::Bf16, Some(Rounding::Bf16), CacheDtype::Auto), unit);
+        assert_eq!(dtype(ComputeDtype::Bf16, Some(Rounding::F16), CacheDtype::Auto), DType::F32);
+        assert_eq!(dtype(ComputeDtype::Bf16, None, CacheDtype::F32), DType::F32);
+        assert_eq!(dtype(ComputeDtype::F32, None, CacheDtype::Bf16), DType::BF16);
+    }
+
+    #[test]
     fn models_share_a_gpu() {
         // 1,000 bytes each for weights and 100 for work; 64 bytes of cache for a token, 1,024 for a block.
         let needs = Needs { weight_bytes: 1000, work_bytes: 100, cache_dtype: DType::BF16 };
@@ -280,7 +309,7 @@ mod tests {
         assert_eq!(memory.plan(&model(), &settings(100)).unwrap().block_count, 49);
         assert!(memory.plan(&model(), &settings(100)).is_err());
         let text = first.to_string();
-        assert!(text.starts_with("weights 0.0 MiB, work 0.0 MiB, cache 0.0 MiB for 688 tokens"), "{text}");
+        assert!(text.starts_with("weights 0.0 MiB, work 0.0 MiB, cache 0.0 MiB of bf16 for 688 tokens"), "{text}");
         let mut full = Memory { available: Some(2_100), reserves: true, later: vec![needs, needs] };
         assert!(full.plan(&model(), &settings(100)).is_err());
     }

@@ -8,7 +8,7 @@ use super::parameter::Precision;
 use super::storage::{Shared, Weights, slice, written};
 use crate::error::Result;
 use brain::Operands;
-use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Storage, Tensor};
 use rows::{Heads, Rows, Span, State};
 use std::ops::Range;
 
@@ -36,6 +36,11 @@ pub struct PagedBatch {
     pub block_size: usize,
     /// Sliding window w: position p sees positions above p - w. None: everything up to p.
     pub window: Option<usize>,
+}
+
+/// The type of a cache in the host's memory that loses nothing beside attention in `precision`: bf16 where that is what it multiplies.
+pub fn cache_dtype(precision: Precision) -> DType {
+    if Small::of(precision).is_some() { DType::BF16 } else { DType::F32 }
 }
 
 /// Attention of `q` `[T, heads, head_dim]` f32 over `k_cache` and `v_cache` `[blocks, kv_heads, block_size, head_dim]`, f32, bf16 or
