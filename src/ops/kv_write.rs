@@ -1,16 +1,28 @@
-//! Writes the keys or values of new tokens into their slots of the block cache.
+//! Writes the keys and values of new tokens into their slots of the block cache.
 
+use super::attention::inputs::Integers;
+use super::lanes::{Body, Isa, Kernel};
 use super::parallel;
+use super::rope::{Angles, Turn, Turned};
 use super::storage::{Shared, range, slice};
 use crate::error::Result;
-use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
+use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor};
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use std::ops::Range;
 
-/// Copies row t of `src` `[T, kv_heads, head_dim]` f32 to slot `slots[t]` of `cache` `[blocks, kv_heads, block_size, head_dim]`, in
-/// place; slot = block * block_size + offset. A cache of f32 keeps every bit, one of bf16 or f16 the nearest number. Fails on shapes
-/// that do not fit and slots outside of the cache.
-pub fn kv_write(cache: &Tensor, src: &Tensor, slots: &[u32]) -> Result<()> {
-    Ok(cache.inplace_op2(src, &KvWrite { slots })?)
+/// Turns the keys of row t of `qkv` `[T, (heads + 2 * kv_heads) * head_dim]` f32 and copies them to slot `slots[t]` of `cache` `[blocks,
+/// kv_heads, block_size, head_dim]`, in place; slot = block * block_size + offset. A cache of f32 keeps every bit, one of bf16 or f16 the
+/// nearest number. Fails on shapes that do not fit, positions outside of the table and slots outside of the cache.
+pub fn write_keys(cache: &Tensor, qkv: &Tensor, turn: &Turn<'_>, integers: &Integers<'_>) -> Result<()> {
+    let Integers { positions, slots, .. } = *integers;
+    let op = KvWrite { slots, positions, heads: turn.heads, body: Body::best() };
+    Ok(cache.inplace_op3(qkv, turn.table.tensor(), &op)?)
+}
+
+/// As [`write_keys`] for the values, as they are, of rows of `heads` query heads and key heads.
+pub fn write_values(cache: &Tensor, qkv: &Tensor, heads: [usize; 2], slots: &[u32]) -> Result<()> {
+    Ok(cache.inplace_op2(qkv, &KvWrite { slots, positions: &[], heads, body: Body::best() })?)
 }
 
 /// From this many rows on other threads take part: waking them takes as long as the copy of a few.
@@ -18,8 +30,12 @@ const ROWS_MIN: usize = 64;
 
 struct KvWrite<'a> {
     slots: &'a [u32],
+    positions: &'a [u32],
+    heads: [usize; 2],
+    body: Body,
 }
 
+/// Values.
 impl InplaceOp2 for KvWrite<'_> {
     fn name(&self) -> &'static str {
         "kv_write"
@@ -29,28 +45,77 @@ impl InplaceOp2 for KvWrite<'_> {
         &self,
         cache: &mut CpuStorage,
         cache_layout: &Layout,
-        src: &CpuStorage,
-        src_layout: &Layout,
+        qkv: &CpuStorage,
+        qkv_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let [heads, kv_heads] = self.heads;
+        self.write((cache, cache_layout), (qkv, qkv_layout), heads + kv_heads, None)
+    }
+}
+
+/// Keys.
+impl InplaceOp3 for KvWrite<'_> {
+    fn name(&self) -> &'static str {
+        "kv_write"
+    }
+
+    fn cpu_fwd(
+        &self,
+        cache: &mut CpuStorage,
+        cache_layout: &Layout,
+        qkv: &CpuStorage,
+        qkv_layout: &Layout,
+        table: &CpuStorage,
+        table_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let angles = Angles::new(self.positions, table, table_layout)?;
+        if self.positions.len() != self.slots.len() || table_layout.dims()[1] != cache_layout.dims()[3] {
+            let (positions, slots) = (self.positions.len(), self.slots.len());
+            candle_core::bail!("kv_write: {positions} positions, {slots} slots, angles {:?}", table_layout.dims());
+        }
+        self.write((cache, cache_layout), (qkv, qkv_layout), self.heads[0], Some(&angles))
+    }
+}
+
+impl KvWrite<'_> {
+    /// The heads of `qkv` from `first` on, turned where there are angles.
+    fn write(
+        &self,
+        (cache, cache_layout): (&mut CpuStorage, &Layout),
+        (qkv, qkv_layout): (&CpuStorage, &Layout),
+        first: usize,
+        angles: Option<&Angles<'_>>,
     ) -> candle_core::Result<()> {
         let (blocks, kv_heads, block_size, head_dim) = cache_layout.shape().dims4()?;
-        if src_layout.dims() != [self.slots.len(), kv_heads, head_dim] {
+        let width = (self.heads[0] + 2 * self.heads[1]) * head_dim;
+        if self.heads[1] != kv_heads || qkv_layout.dims() != [self.slots.len(), width] {
             candle_core::bail!(
                 "kv_write: {} slots and a cache of {:?} do not take {:?}",
                 self.slots.len(),
                 cache_layout.dims(),
-                src_layout.dims()
+                qkv_layout.dims()
             );
         }
         if let Some(slot) = self.slots.iter().find(|&&slot| slot as usize >= blocks * block_size) {
             candle_core::bail!("kv_write: slot {slot} is outside of a cache of {} slots", blocks * block_size);
         }
-        let src: &[f32] = slice("kv_write", src, src_layout)?;
+        let qkv: &[f32] = slice("kv_write", qkv, qkv_layout)?;
         let (start, end) = range("kv_write", cache_layout)?;
-        let rows = Rows { src, slots: self.slots, kv_heads, block_size, head_dim };
+        let rows = Rows {
+            qkv,
+            width,
+            first: first * head_dim,
+            angles,
+            slots: self.slots,
+            kv_heads,
+            block_size,
+            head_dim,
+            body: self.body,
+        };
         match cache {
-            CpuStorage::F32(cache) => rows.write(&mut cache[start..end], <[f32]>::copy_from_slice),
-            CpuStorage::BF16(cache) => rows.write(&mut cache[start..end], HalfFloatSliceExt::convert_from_f32_slice),
-            CpuStorage::F16(cache) => rows.write(&mut cache[start..end], HalfFloatSliceExt::convert_from_f32_slice),
+            CpuStorage::F32(cache) => rows.write(&mut cache[start..end]),
+            CpuStorage::BF16(cache) => rows.write(&mut cache[start..end]),
+            CpuStorage::F16(cache) => rows.write(&mut cache[start..end]),
             _ => candle_core::bail!("kv_write: the cache must be f32, bf16 or f16"),
         }
         Ok(())
@@ -59,33 +124,100 @@ impl InplaceOp2 for KvWrite<'_> {
 
 /// Rows to be written, checked.
 struct Rows<'a> {
-    /// `[T, kv_heads, head_dim]`
-    src: &'a [f32],
+    /// `[T, width]`
+    qkv: &'a [f32],
+    width: usize,
+    /// Column of the first head.
+    first: usize,
+    angles: Option<&'a Angles<'a>>,
     slots: &'a [u32],
     kv_heads: usize,
     block_size: usize,
     head_dim: usize,
+    body: Body,
 }
 
 impl Rows<'_> {
-    /// Writes every head of every row by `put`; threads take different heads.
-    fn write<T: Send>(&self, cache: &mut [T], put: impl Fn(&mut [T], &[f32]) + Sync) {
-        let Self { src, slots, kv_heads, block_size, head_dim } = *self;
+    /// Writes every head of every row; threads take different heads.
+    fn write<T: Narrow>(&self, cache: &mut [T]) {
+        let few = self.slots.len() < ROWS_MIN;
+        let together = if few { self.kv_heads } else { self.kv_heads.div_ceil(parallel::threads()) }.max(1);
         let cache = &Shared::new(cache);
-        let write = |head: usize| {
-            for (row, &slot) in slots.iter().enumerate() {
-                let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
-                let at = ((block * kv_heads + head) * block_size + offset) * head_dim;
-                // SAFETY: no other head has this place, and those of one head are written one after the other.
-                #[allow(unsafe_code)]
-                let to = unsafe { cache.part(at, head_dim) };
-                put(to, &src[(row * kv_heads + head) * head_dim..][..head_dim]);
-            }
+        let write = |group: usize| {
+            let heads = group * together..self.kv_heads.min((group + 1) * together);
+            self.write_heads(heads, cache);
         };
-        if slots.len() < ROWS_MIN {
-            return (0..kv_heads).for_each(write);
+        match self.kv_heads.div_ceil(together) {
+            1 => write(0),
+            groups => parallel::for_each(groups, write),
         }
-        parallel::for_each(kv_heads, write);
+    }
+
+    /// Writes neighbouring heads of every row.
+    fn write_heads<T: Narrow>(&self, heads: Range<usize>, cache: &Shared<'_, T>) {
+        let Self { head_dim, block_size, kv_heads, .. } = *self;
+        let len = heads.len() * head_dim;
+        let (mut turned, mut numbers) = (vec![0.0; len], vec![T::default(); len]);
+        for (row, &slot) in self.slots.iter().enumerate() {
+            let x = &self.qkv[row * self.width + self.first + heads.start * head_dim..][..len];
+            let x = match self.angles {
+                None => x,
+                Some(angles) => {
+                    self.body.run(Turned { x, angles: angles.of(row), out: &mut turned });
+                    &turned
+                }
+            };
+            T::narrow(self.body, x, &mut numbers);
+            let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
+            for (head, numbers) in heads.clone().zip(numbers.chunks_exact(head_dim)) {
+                let at = ((block * kv_heads + head) * block_size + offset) * head_dim;
+                // SAFETY: no other thread has this head, and its rows are written one after the other.
+                #[allow(unsafe_code)]
+                unsafe {
+                    cache.write(at, numbers);
+                }
+            }
+        }
+    }
+}
+
+/// A type of numbers in a cache.
+trait Narrow: Copy + Default + Send {
+    /// The nearest numbers to `x`, as many.
+    fn narrow(body: Body, x: &[f32], out: &mut [Self]);
+}
+
+impl Narrow for f32 {
+    fn narrow(_: Body, x: &[f32], out: &mut [Self]) {
+        out.copy_from_slice(x);
+    }
+}
+
+impl Narrow for bf16 {
+    fn narrow(body: Body, x: &[f32], out: &mut [Self]) {
+        body.run(Rounded { x, out });
+    }
+}
+
+impl Narrow for f16 {
+    fn narrow(_: Body, x: &[f32], out: &mut [Self]) {
+        out.convert_from_f32_slice(x);
+    }
+}
+
+/// Numbers rounded to bf16.
+struct Rounded<'a> {
+    x: &'a [f32],
+    out: &'a mut [bf16],
+}
+
+impl Kernel for Rounded<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        // Compiled for the instruction set, so this is vectorised.
+        self.out.iter_mut().zip(self.x).for_each(|(out, x)| *out = bf16::from_f32(*x));
     }
 }
 
@@ -94,39 +226,75 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
 
     use super::*;
+    use crate::ops::attention::PagedBatch;
+    use crate::ops::rope::{RopeTable, split_rope};
     use crate::ops::samples::{check_bits, floats, tensor};
+    use candle_core::{DType, Device};
+
+    const HEADS: [usize; 2] = [4, 2];
+    const HEAD_DIM: usize = 6;
+    const SHAPE: (usize, usize, usize, usize) = (50, HEADS[1], 4, HEAD_DIM);
+
+    fn table() -> RopeTable {
+        RopeTable::new(HEAD_DIM, 100.0, 300, &Device::Cpu).unwrap()
+    }
+
+    fn rows(count: usize) -> Tensor {
+        tensor(2, (count, (HEADS[0] + 2 * HEADS[1]) * HEAD_DIM))
+    }
+
+    /// Writes keys and values of `qkv` with row r at position 2r.
+    fn write([keys, values]: [&Tensor; 2], qkv: &Tensor, slots: &[u32]) -> Result<[Tensor; 2]> {
+        let positions: Vec<u32> = (0..slots.len() as u32).map(|row| 2 * row).collect();
+        let table = table();
+        let turn = Turn { positions: &Tensor::new(&positions[..], &Device::Cpu).unwrap(), table: &table, heads: HEADS };
+        let paged = PagedBatch { q_starts: vec![], contexts: vec![], tables: vec![], block_size: 4, window: None };
+        let integers = Integers { tokens: &[], positions: &positions, slots, reads: &[], paged: &paged };
+        write_keys(keys, qkv, &turn, &integers)?;
+        write_values(values, qkv, HEADS, slots)?;
+        let [_, k, v] = split_rope(qkv, &turn)?;
+        Ok([k, v])
+    }
 
     #[test]
     fn rows_land_in_their_slots_and_nowhere_else() {
-        let (blocks, kv_heads, block_size, head_dim) = (50, 2, 4, 3);
         // Few rows, and as many as several threads write.
         let scattered: Vec<u32> = (0..150).map(|i| i * 7 % 200).collect();
         for slots in [&[19, 0, 6][..], &scattered] {
-            let cache = tensor(1, (blocks, kv_heads, block_size, head_dim));
-            let src = tensor(2, (slots.len(), kv_heads, head_dim));
-            let (mut expected, rows) = (floats(&cache), floats(&src));
-            for (row, &slot) in slots.iter().enumerate() {
-                for head in 0..kv_heads {
-                    let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
-                    let at = ((block * kv_heads + head) * block_size + offset) * head_dim;
-                    expected[at..at + head_dim]
-                        .copy_from_slice(&rows[(row * kv_heads + head) * head_dim..][..head_dim]);
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                let caches = [3, 4].map(|seed| tensor(seed, SHAPE).to_dtype(dtype).unwrap());
+                let before = caches.each_ref().map(floats);
+                let expected = write(caches.each_ref(), &rows(slots.len()), slots).unwrap();
+                for ((cache, mut all), rows) in caches.iter().zip(before).zip(&expected) {
+                    let rows = floats(&rows.to_dtype(dtype).unwrap());
+                    for (row, &slot) in slots.iter().enumerate() {
+                        for head in 0..HEADS[1] {
+                            let (block, offset) = (slot as usize / 4, slot as usize % 4);
+                            let at = ((block * HEADS[1] + head) * 4 + offset) * HEAD_DIM;
+                            let from = (row * HEADS[1] + head) * HEAD_DIM;
+                            all[at..at + HEAD_DIM].copy_from_slice(&rows[from..from + HEAD_DIM]);
+                        }
+                    }
+                    check_bits(&format!("{dtype:?}"), &floats(cache), &all);
                 }
             }
-            kv_write(&cache, &src, slots).unwrap();
-            check_bits("cache", &floats(&cache), &expected);
         }
     }
 
     #[test]
     fn wrong_inputs_are_errors_and_write_nothing() {
-        let cache = tensor(1, (5, 2, 4, 3));
-        let before = floats(&cache);
-        let src = tensor(2, (3, 2, 3));
-        assert!(kv_write(&cache, &src, &[0, 1, 20]).unwrap_err().to_string().contains("slot 20"));
-        assert!(kv_write(&cache, &src, &[0, 1]).is_err());
-        assert!(kv_write(&cache, &tensor(2, (3, 3, 2)), &[0, 1, 2]).is_err());
-        assert!(kv_write(&cache.transpose(1, 2).unwrap(), &tensor(2, (3, 4, 3)), &[0, 1, 2]).is_err());
-        check_bits("cache", &floats(&cache), &before);
+        let caches = [3, 4].map(|seed| tensor(seed, SHAPE));
+        let before = caches.each_ref().map(floats);
+        let refused = |qkv: &Tensor, slots: &[u32]| write(caches.each_ref(), qkv, slots).unwrap_err().to_string();
+        assert!(refused(&rows(3), &[0, 1, 200]).contains("slot 200"));
+        refused(&rows(3), &[0, 1]);
+        refused(&rows(1).reshape((3, ())).unwrap(), &[0, 1, 2]);
+        let many: Vec<u32> = (0..151).collect();
+        assert!(refused(&rows(151), &many).contains("position 300"));
+        let turned = [0, 1].map(|i| caches[i].transpose(1, 2).unwrap());
+        assert!(write(turned.each_ref(), &rows(3), &[0, 1, 2]).is_err());
+        for (cache, before) in caches.iter().zip(&before) {
+            check_bits("cache", &floats(cache), before);
+        }
     }
 }

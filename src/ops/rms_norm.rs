@@ -120,9 +120,7 @@ impl CustomOp3 for RmsNorm {
             // SAFETY: the same rows of both halves; those of different indices do not overlap.
             #[allow(unsafe_code)]
             let [sums, normed] = unsafe { [out.cleared(first, len), out.cleared(rows * width + first, len)] };
-            for ((sum, x), residual) in sums.iter_mut().zip(&x[first..]).zip(&residual[first..]) {
-                *sum = x + residual;
-            }
+            self.body.run(Sums { x: &x[first..], residual: &residual[first..], out: sums });
             self.body.run(Rows { x: sums, weight: &weight, eps: self.eps, out: normed });
         };
         // SAFETY: the pieces of both halves are everything.
@@ -174,6 +172,25 @@ fn check_weight(layout: &Layout, width: usize) -> candle_core::Result<()> {
         candle_core::bail!("rms_norm: the weight is {:?}, the rows have {width} numbers", layout.dims());
     }
     Ok(())
+}
+
+/// Sums of as many numbers as `out` has.
+struct Sums<'a> {
+    x: &'a [f32],
+    residual: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for Sums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        // Compiled for the instruction set, so this is vectorised.
+        for ((out, x), residual) in self.out.iter_mut().zip(self.x).zip(self.residual) {
+            *out = x + residual;
+        }
+    }
 }
 
 /// Whole rows, one after the other.

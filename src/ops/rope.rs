@@ -1,6 +1,7 @@
 //! Rotary position embedding in the "rotate half" pairing: element i turns with element i + head_dim / 2.
 
-use super::parallel::{for_each, for_each_chunk};
+use super::lanes::{Body, Isa, Kernel};
+use super::parallel::{filled, for_each, for_each_chunk};
 use super::storage::{Shared, slice, slice_mut, written};
 use crate::error::{Error, Result};
 use candle_core::{CpuStorage, CustomOp3, Device, InplaceOp3, Layout, Shape, Tensor};
@@ -43,7 +44,6 @@ impl RopeTable {
     }
 
     /// `[positions, head_dim]` f32.
-    #[cfg(feature = "cuda")]
     pub(super) fn tensor(&self) -> &Tensor {
         &self.table
     }
@@ -65,13 +65,19 @@ pub struct Turn<'a> {
 /// A position outside of the table is an error.
 pub fn split_rope(qkv: &Tensor, turn: &Turn<'_>) -> Result<[Tensor; 3]> {
     let Turn { positions, table: RopeTable { table }, heads: [heads, kv_heads] } = *turn;
-    let all = qkv.apply_op3_no_bwd(positions, table, &Split { heads, kv_heads })?;
+    let all = qkv.apply_op3_no_bwd(positions, table, &Split { heads, kv_heads, body: Body::best() })?;
     let (rows, head_dim) = (qkv.dim(0)?, table.dim(1)?);
     let part = |first: usize, count: usize| -> Result<Tensor> {
         let numbers = all.narrow(0, rows * first * head_dim, rows * count * head_dim)?;
         Ok(numbers.reshape((rows, count, head_dim))?)
     };
     Ok([part(0, heads)?, part(heads, kv_heads)?, part(heads + kv_heads, kv_heads)?])
+}
+
+/// The queries of [`split_rope`] alone.
+pub fn turn_queries(qkv: &Tensor, turn: &Turn<'_>) -> Result<Tensor> {
+    let Turn { positions, table: RopeTable { table }, heads: [heads, kv_heads] } = *turn;
+    Ok(qkv.apply_op3_no_bwd(positions, table, &Queries { heads, kv_heads, body: Body::best() })?)
 }
 
 /// The gradient of the rows that [`split_rope`] took, from those of what it gave side by side, `d` `[T, (heads + 2 * kv_heads) *
@@ -84,14 +90,35 @@ pub fn split_rope_backward(d: &Tensor, turn: &Turn<'_>) -> Result<()> {
 /// Rows that a thread takes at a time.
 const ROWS: usize = 8;
 
+/// The angles of a step's rows.
+pub(super) struct Angles<'a> {
+    positions: &'a [u32],
+    table: &'a [f32],
+    pub(super) head_dim: usize,
+}
+
+impl<'a> Angles<'a> {
+    /// Those of rows at `positions`; fails for one outside of the table.
+    pub(super) fn new(positions: &'a [u32], table: &'a CpuStorage, layout: &Layout) -> candle_core::Result<Self> {
+        let (positions_max, head_dim) = layout.shape().dims2()?;
+        if let Some(position) = positions.iter().find(|&&position| position as usize >= positions_max) {
+            candle_core::bail!("rope: position {position} is outside of the table of {positions_max} positions");
+        }
+        Ok(Self { positions, table: slice("rope", table, layout)?, head_dim })
+    }
+
+    /// Cosines and sines of row `row`.
+    pub(super) fn of(&self, row: usize) -> &'a [f32] {
+        &self.table[self.positions[row] as usize * self.head_dim..][..self.head_dim]
+    }
+}
+
 /// Queries, keys and values of rows, and how they are turned.
 struct Rows<'a> {
     rows: usize,
     /// Numbers of a row.
     width: usize,
-    head_dim: usize,
-    positions: &'a [u32],
-    table: &'a [f32],
+    angles: Angles<'a>,
 }
 
 impl<'a> Rows<'a> {
@@ -102,21 +129,12 @@ impl<'a> Rows<'a> {
         (table, table_layout): (&'a CpuStorage, &Layout),
     ) -> candle_core::Result<Self> {
         let (rows, width) = layout.shape().dims2()?;
-        let (positions_max, head_dim) = table_layout.shape().dims2()?;
-        if width != (heads + 2 * kv_heads) * head_dim || positions_layout.dims() != [rows] {
-            let (x, positions) = (layout.dims(), positions_layout.dims());
+        let angles = Angles::new(slice("rope", positions, positions_layout)?, table, table_layout)?;
+        if width != (heads + 2 * kv_heads) * angles.head_dim || positions_layout.dims() != [rows] {
+            let (x, positions, head_dim) = (layout.dims(), positions_layout.dims(), angles.head_dim);
             candle_core::bail!("rope: rows of {x:?}, positions {positions:?}, the table has head_dim {head_dim}");
         }
-        let positions: &[u32] = slice("rope", positions, positions_layout)?;
-        if let Some(position) = positions.iter().find(|&&position| position as usize >= positions_max) {
-            candle_core::bail!("rope: position {position} is outside of the table of {positions_max} positions");
-        }
-        Ok(Self { rows, width, head_dim, positions, table: slice("rope", table, table_layout)? })
-    }
-
-    /// Cosines and sines of row `row`.
-    fn turn(&self, row: usize) -> &'a [f32] {
-        &self.table[self.positions[row] as usize * self.head_dim..][..self.head_dim]
+        Ok(Self { rows, width, angles })
     }
 }
 
@@ -124,6 +142,7 @@ impl<'a> Rows<'a> {
 struct Split {
     heads: usize,
     kv_heads: usize,
+    body: Body,
 }
 
 impl CustomOp3 for Split {
@@ -140,10 +159,10 @@ impl CustomOp3 for Split {
         table: &CpuStorage,
         table_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let Self { heads, kv_heads } = *self;
+        let Self { heads, kv_heads, body } = *self;
         let all = Rows::new([heads, kv_heads], x_layout, (positions, positions_layout), (table, table_layout))?;
         let x: &[f32] = slice("rope", x, x_layout)?;
-        let (rows, width, head_dim) = (all.rows, all.width, all.head_dim);
+        let (rows, width, head_dim) = (all.rows, all.width, all.angles.head_dim);
         let (keys, values) = (rows * heads * head_dim, rows * (heads + kv_heads) * head_dim);
         let split = |row: usize, out: &Shared<'_, f32>| {
             let (q, rest) = x[row * width..][..width].split_at(heads * head_dim);
@@ -155,8 +174,7 @@ impl CustomOp3 for Split {
                 [out.cleared(row * q.len(), q.len()), out.cleared(keys + row * k.len(), k.len())]
             };
             for (x, out) in [(q, q_out), (k, k_out)] {
-                let heads = x.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim));
-                heads.for_each(|(x, out)| rotate(x, all.turn(row), out));
+                body.run(Turned { x, angles: all.angles.of(row), out });
             }
         };
         // SAFETY: the queries, keys and values of all rows are everything.
@@ -169,6 +187,42 @@ impl CustomOp3 for Split {
             })
         };
         Ok((CpuStorage::F32(out), Shape::from(rows * width)))
+    }
+}
+
+/// To the queries, `[T, heads, head_dim]`.
+struct Queries {
+    heads: usize,
+    kv_heads: usize,
+    body: Body,
+}
+
+impl CustomOp3 for Queries {
+    fn name(&self) -> &'static str {
+        "rope of queries"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        positions: &CpuStorage,
+        positions_layout: &Layout,
+        table: &CpuStorage,
+        table_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let Self { heads, kv_heads, body } = *self;
+        let all = Rows::new([heads, kv_heads], x_layout, (positions, positions_layout), (table, table_layout))?;
+        let x: &[f32] = slice("rope", x, x_layout)?;
+        let (rows, head_dim) = (all.rows, all.angles.head_dim);
+        let width = heads * head_dim;
+        let out = filled(rows * width, ROWS * width, |index, out| {
+            for (row, out) in (index * ROWS..).zip(out.chunks_exact_mut(width)) {
+                let x = &x[row * all.width..][..width];
+                body.run(Turned { x, angles: all.angles.of(row), out });
+            }
+        });
+        Ok((CpuStorage::F32(out), Shape::from((rows, heads, head_dim))))
     }
 }
 
@@ -196,20 +250,43 @@ impl InplaceOp3 for TurnBack {
         let all = Rows::new([heads, kv_heads], layout, (positions, positions_layout), (table, table_layout))?;
         for_each_chunk(slice_mut("rope gradient", d, layout)?, ROWS * all.width, |index, d| {
             for (r, d) in d.chunks_exact_mut(all.width).enumerate() {
-                let turned = &mut d[..(heads + kv_heads) * all.head_dim];
-                turned.chunks_exact_mut(all.head_dim).for_each(|d| rotate_back(d, all.turn(index * ROWS + r)));
+                let (angles, head_dim) = (all.angles.of(index * ROWS + r), all.angles.head_dim);
+                let turned = &mut d[..(heads + kv_heads) * head_dim];
+                turned.chunks_exact_mut(head_dim).for_each(|d| rotate_back(d, angles));
             }
         });
         Ok(())
     }
 }
 
+/// Neighbouring heads of one row, turned.
+pub(super) struct Turned<'a> {
+    pub(super) x: &'a [f32],
+    /// Of the row.
+    pub(super) angles: &'a [f32],
+    pub(super) out: &'a mut [f32],
+}
+
+impl Kernel for Turned<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let head_dim = self.angles.len().max(1);
+        for (x, out) in self.x.chunks_exact(head_dim).zip(self.out.chunks_exact_mut(head_dim)) {
+            rotate(x, self.angles, out);
+        }
+    }
+}
+
 /// One head; every product is rounded on its own, as in the reference.
+#[inline(always)]
 fn rotate(x: &[f32], turn: &[f32], out: &mut [f32]) {
     let half = x.len() / 2;
-    let (low, high) = x.split_at(half);
-    let (cos, sin) = turn.split_at(half);
+    let (low, high) = (&x[..half], &x[half..][..half]);
+    let (cos, sin) = (&turn[..half], &turn[half..][..half]);
     let (out_low, out_high) = out.split_at_mut(half);
+    let (out_low, out_high) = (&mut out_low[..half], &mut out_high[..half]);
     for i in 0..half {
         out_low[i] = low[i] * cos[i] - high[i] * sin[i];
         out_high[i] = high[i] * cos[i] + low[i] * sin[i];
@@ -271,6 +348,9 @@ mod tests {
             f64::from(x[index]) * angle.cos() + f64::from(other) * angle.sin()
         };
         let columns = |range: std::ops::Range<usize>| (0..11).flat_map(move |row| range.clone().map(move |i| (row, i)));
+        let alone =
+            turn_queries(&tensor(1, (11, width)), &Turn { positions: &ids, table: &table, heads: [heads, kv_heads] });
+        check_bits("queries alone", &floats(&alone.unwrap()), &floats(&q));
         let expected = |range| columns(range).map(|(row, i)| turned(row, i)).collect::<Vec<_>>();
         check_close("queries", &floats(&q), &expected(0..60), 1e-5);
         check_close("keys", &floats(&k), &expected(60..100), 1e-5);

@@ -5,9 +5,9 @@ use candle_core::Tensor;
 use super::inputs::Inputs;
 use super::paged_attention;
 use crate::error::Result;
-use crate::ops::kv_write::kv_write;
+use crate::ops::kv_write::{write_keys, write_values};
 use crate::ops::parameter::Precision;
-use crate::ops::rope::{Turn, split_rope};
+use crate::ops::rope::{Turn, turn_queries};
 
 /// Attention `[T, heads * head_dim]` of the rows of `inputs`, whose queries, keys and values before they are turned are `qkv`
 /// `[T, (heads + 2 * kv_heads) * head_dim]`. Their keys and values are written to the caches of keys and of values,
@@ -28,8 +28,8 @@ pub fn step_attention(
     if qkv.device().is_cuda() {
         return Ok(qkv.apply_op3_no_bwd(keys, values, &super::device::Step { turn, inputs, scale })?);
     }
-    let [q, k, v] = split_rope(qkv, turn)?;
-    kv_write(keys, &k, inputs.integers.slots)?;
-    kv_write(values, &v, inputs.integers.slots)?;
+    let q = turn_queries(qkv, turn)?;
+    write_keys(keys, qkv, turn, &inputs.integers)?;
+    write_values(values, qkv, turn.heads, inputs.integers.slots)?;
     paged_attention(&q, [keys, values], inputs.integers.paged, scale, precision)
 }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::*;
-use crate::ops::kv_write::kv_write;
+use crate::ops::kv_write::write_values;
 use crate::ops::parallel::{set_threads, threads};
 use crate::ops::samples::{check_bits, check_close, differences, floats, tensor, with_threads};
 use candle_core::{DType, Device};
@@ -95,9 +95,13 @@ impl Cache {
             self.tables[sequence][p / self.block_size] * self.block_size as u32 + (p % self.block_size) as u32
         };
         let slots: Vec<u32> = positions.clone().map(slot).collect();
-        let part = |t: &Tensor| t.narrow(0, positions.start, positions.len()).unwrap();
-        kv_write(&self.k, &part(k), &slots).unwrap();
-        kv_write(&self.v, &part(v), &slots).unwrap();
+        let (count, heads) = (positions.len(), [0, k.dim(1).unwrap()]);
+        for (cache, numbers) in [(&self.k, k), (&self.v, v)] {
+            let part = numbers.narrow(0, positions.start, count).unwrap();
+            // The second of them counts as the values.
+            let rows = Tensor::cat(&[&part, &part], 1).unwrap().flatten_from(1).unwrap();
+            write_values(cache, &rows, heads, &slots).unwrap();
+        }
     }
 
     fn attend(&self, body: Body, case: &Case, q: &Tensor, batch: &PagedBatch) -> Vec<f32> {
