@@ -44,7 +44,8 @@ pub fn threads() -> usize {
     }
 }
 
-/// Calls `body` once for every index below `count`, on several threads and in no particular order; returns when all are done.
+/// Calls `body` once for every index below `count`, less than 2^31, on several threads and in no particular order; returns when all are
+/// done.
 ///
 /// A panic in `body` reaches the caller after the loop has wound down; indices not yet started are skipped then. Loops do not
 /// nest and callers do not queue: where the pool is taken, the caller runs its loop alone.
@@ -61,9 +62,10 @@ pub(super) fn for_each_init<T>(count: usize, init: impl Fn() -> T + Sync, body: 
             indices.for_each(|index| body(&mut own, index));
         }
     };
+    assert!(count < 1 << 31, "a loop of {count} pieces");
     let helpers = (threads() - 1).min(count.saturating_sub(1));
     if helpers == 0 || !POOL.run(count, helpers, &work) {
-        work(&mut Indices { next: &AtomicUsize::new(0), count });
+        work(&mut Indices { taken: &AtomicU64::new(0), count, is_worker: false });
     }
 }
 
@@ -151,18 +153,28 @@ struct Worker {
     parked: Arc<AtomicBool>,
 }
 
-/// The indices of one loop that no thread has taken yet.
+/// The indices of one loop that no thread has taken yet: the caller takes them from the front, workers from the back. The rows of
+/// one operation are mostly those of the next, so a thread finds what it wrote in its own cache, and what it reads in order.
 struct Indices<'a> {
-    next: &'a AtomicUsize,
+    /// How many were asked for from the front (lower 32 bits) and from the back.
+    taken: &'a AtomicU64,
     count: usize,
+    is_worker: bool,
 }
+
+/// One index from the front.
+const FRONT: u64 = 1;
+/// One index from the back.
+const BACK: u64 = 1 << 32;
 
 impl Iterator for Indices<'_> {
     type Item = usize;
 
     fn next(&mut self) -> Option<usize> {
-        let index = self.next.fetch_add(1, Ordering::Relaxed);
-        (index < self.count).then_some(index)
+        let taken = self.taken.fetch_add(if self.is_worker { BACK } else { FRONT }, Ordering::Relaxed);
+        let (front, back) = ((taken % BACK) as usize, (taken / BACK) as usize);
+        let index = if self.is_worker { self.count.wrapping_sub(1 + back) } else { front };
+        (front + back < self.count).then_some(index)
     }
 }
 
@@ -172,7 +184,8 @@ type Work<'a> = &'a (dyn Fn(&mut Indices<'_>) + Sync);
 /// One loop: lives on the caller's stack.
 struct Task<'a> {
     work: Work<'a>,
-    next: AtomicUsize,
+    /// See [`Indices`].
+    taken: AtomicU64,
     count: usize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     caller: Thread,
@@ -180,11 +193,11 @@ struct Task<'a> {
 
 impl Task<'_> {
     /// Takes indices until none is left; the first panic of all threads is kept and ends the loop.
-    fn work(&self) {
-        let mut indices = Indices { next: &self.next, count: self.count };
+    fn work(&self, is_worker: bool) {
+        let mut indices = Indices { taken: &self.taken, count: self.count, is_worker };
         let taken = catch_unwind(AssertUnwindSafe(|| (self.work)(&mut indices)));
         if let Err(panic) = taken {
-            self.next.store(self.count, Ordering::Relaxed);
+            self.taken.store(self.count as u64, Ordering::Relaxed);
             let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
             if first.is_none() {
                 *first = Some(panic);
@@ -216,9 +229,9 @@ impl Pool {
         };
         self.start_workers(&mut workers, helpers);
         let task =
-            Task { work, next: AtomicUsize::new(0), count, panic: Mutex::new(None), caller: std::thread::current() };
+            Task { work, taken: AtomicU64::new(0), count, panic: Mutex::new(None), caller: std::thread::current() };
         self.open(&task, &workers, helpers);
-        task.work();
+        task.work(false);
         self.close();
         drop(workers);
         let panic = task.panic.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -292,7 +305,7 @@ impl Pool {
             // count is given back below; the store of `task` came before the gate opened (acquired above).
             #[allow(unsafe_code)]
             let task = unsafe { &*task };
-            task.work();
+            task.work(true);
             let caller = task.caller.clone();
             // From here on the task may be gone.
             let gate = self.gate.fetch_sub(INSIDE, Ordering::Release);
@@ -407,6 +420,18 @@ mod tests {
                 })
             ));
         }
+    }
+
+    #[test]
+    fn the_caller_begins_at_the_front_and_workers_at_the_back() {
+        let (pool, caller) = (pool(), std::thread::current().id());
+        // Both threads take one of the two, or this never ends.
+        let both = Barrier::new(2);
+        let body = |index| {
+            both.wait();
+            assert_eq!(index == 0, std::thread::current().id() == caller);
+        };
+        (0..100).for_each(|_| assert!(pool.run(2, 1, &each(body))));
     }
 
     #[test]
