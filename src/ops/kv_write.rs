@@ -1,12 +1,11 @@
 //! Writes the keys and values of new tokens into their slots of the block cache.
 
-use super::attention::inputs::Integers;
 use super::lanes::{Body, Isa, Kernel};
 use super::parallel;
 use super::rope::{Angles, Turn, Turned};
 use super::storage::{Shared, range, slice};
-use crate::error::Result;
-use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor};
+use crate::error::{Error, Result};
+use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::ops::Range;
@@ -14,8 +13,10 @@ use std::ops::Range;
 /// Turns the keys of row t of `qkv` `[T, (heads + 2 * kv_heads) * head_dim]` f32 and copies them to slot `slots[t]` of `cache` `[blocks,
 /// kv_heads, block_size, head_dim]`, in place; slot = block * block_size + offset. A cache of f32 keeps every bit, one of bf16 or f16 the
 /// nearest number. Fails on shapes that do not fit, positions outside of the table and slots outside of the cache.
-pub fn write_keys(cache: &Tensor, qkv: &Tensor, turn: &Turn<'_>, integers: &Integers<'_>) -> Result<()> {
-    let Integers { positions, slots, .. } = *integers;
+pub fn write_keys(cache: &Tensor, qkv: &Tensor, turn: &Turn<'_>, slots: &[u32]) -> Result<()> {
+    let (positions, layout) = turn.positions.storage_and_layout();
+    let Storage::Cpu(positions) = &*positions else { return Err(Error::internal("positions on another device")) };
+    let positions = slice("kv_write", positions, layout)?;
     let op = KvWrite { slots, positions, heads: turn.heads, body: Body::best() };
     Ok(cache.inplace_op3(qkv, turn.table.tensor(), &op)?)
 }
@@ -226,7 +227,6 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
 
     use super::*;
-    use crate::ops::attention::PagedBatch;
     use crate::ops::rope::{RopeTable, split_rope};
     use crate::ops::samples::{check_bits, floats, tensor};
     use candle_core::{DType, Device};
@@ -248,9 +248,7 @@ mod tests {
         let positions: Vec<u32> = (0..slots.len() as u32).map(|row| 2 * row).collect();
         let table = table();
         let turn = Turn { positions: &Tensor::new(&positions[..], &Device::Cpu).unwrap(), table: &table, heads: HEADS };
-        let paged = PagedBatch { q_starts: vec![], contexts: vec![], tables: vec![], block_size: 4, window: None };
-        let integers = Integers { tokens: &[], positions: &positions, slots, reads: &[], paged: &paged };
-        write_keys(keys, qkv, &turn, &integers)?;
+        write_keys(keys, qkv, &turn, slots)?;
         write_values(values, qkv, HEADS, slots)?;
         let [_, k, v] = split_rope(qkv, &turn)?;
         Ok([k, v])

@@ -4,10 +4,10 @@ use candle_core::{DType, Device, Tensor};
 use eurus::ops::embed::embed;
 use eurus::ops::experts::Route;
 use eurus::ops::kernels::{self, AttentionShape, NONE};
-use eurus::ops::kv_write::kv_write;
+use eurus::ops::kv_write::{write_keys, write_values};
 use eurus::ops::logprobs::target_scores;
 use eurus::ops::rms_norm::{add_rms_norm, rms_norm};
-use eurus::ops::rope::{RopeTable, Turn, split_rope};
+use eurus::ops::rope::{RopeTable, Turn, turn_queries};
 use eurus::ops::swiglu::swiglu;
 
 use crate::emulator::Library;
@@ -99,8 +99,8 @@ fn rope_kv(random: &mut Random, dtype: DType) -> Result<(), String> {
 
     let ids = Tensor::from_slice(&positions, rows, &Device::Cpu).unwrap();
     let all = qkv.tensor((rows, (heads + 2 * kv_heads) * head_dim));
-    let [q, k, v] = split_rope(&all, &Turn { positions: &ids, table: &turns, heads: [heads, kv_heads] }).unwrap();
-    let q = floats(&q);
+    let turn = Turn { positions: &ids, table: &turns, heads: [heads, kv_heads] };
+    let q = floats(&turn_queries(&all, &turn).unwrap());
     let turned = qkv.buffer.floats(dtype);
     let tolerance = rounding(dtype) + 1e-6;
     for (row, turned) in turned.chunks((heads + 2 * kv_heads) * head_dim).enumerate() {
@@ -114,13 +114,15 @@ fn rope_kv(random: &mut Random, dtype: DType) -> Result<(), String> {
     let live_slots: Vec<u32> = live.iter().map(|&row| slots[row as usize]).collect();
     let rows_of =
         |x: &Tensor| x.index_select(&Tensor::from_slice(&live, live.len(), &Device::Cpu).unwrap(), 0).unwrap();
-    for (what, cache, values) in [("k", &caches[0], &k), ("v", &caches[1], &v)] {
-        let expected = cache.tensor((blocks, kv_heads, block_size, head_dim));
-        if !live.is_empty() {
-            kv_write(&expected, &rows_of(values), &live_slots).unwrap();
-        }
+    let expected = caches.each_ref().map(|cache| cache.tensor((blocks, kv_heads, block_size, head_dim)));
+    if !live.is_empty() {
+        let (all, turn) = (rows_of(&all), Turn { positions: &rows_of(&ids), ..turn });
+        write_keys(&expected[0], &all, &turn, &live_slots).unwrap();
+        write_values(&expected[1], &all, turn.heads, &live_slots).unwrap();
+    }
+    for (what, cache, expected) in [("k", &caches[0], &expected[0]), ("v", &caches[1], &expected[1])] {
         let got = cache.buffer.floats(dtype);
-        compare(&got, &floats(&expected), 1e-6, tolerance).map_err(|error| format!("{what}: {error}"))?;
+        compare(&got, &floats(expected), 1e-6, tolerance).map_err(|error| format!("{what}: {error}"))?;
     }
     Ok(())
 }
@@ -132,8 +134,7 @@ fn table_of(head_dim: usize, positions: usize) -> Vec<f32> {
     let units: Vec<f32> = (0..positions * 3 * head_dim).map(unit).collect();
     let x = Tensor::from_vec(units, (positions, 3 * head_dim), &Device::Cpu).unwrap();
     let ids = Tensor::arange(0, positions as u32, &Device::Cpu).unwrap();
-    let [q, ..] = split_rope(&x, &Turn { positions: &ids, table: &turns, heads: [1, 1] }).unwrap();
-    floats(&q)
+    floats(&turn_queries(&x, &Turn { positions: &ids, table: &turns, heads: [1, 1] }).unwrap())
 }
 
 #[test]

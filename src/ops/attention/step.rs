@@ -29,7 +29,8 @@ pub fn step_attention(
         return Ok(qkv.apply_op3_no_bwd(keys, values, &super::device::Step { turn, inputs, scale })?);
     }
     let q = turn_queries(qkv, turn)?;
-    write_keys(keys, qkv, turn, &inputs.integers)?;
-    write_values(values, qkv, turn.heads, inputs.integers.slots)?;
+    let slots = inputs.integers.slots;
+    write_keys(keys, qkv, turn, slots)?;
+    write_values(values, qkv, turn.heads, slots)?;
     paged_attention(&q, [keys, values], inputs.integers.paged, scale, precision)
 }
