@@ -5,9 +5,11 @@
 #![allow(unsafe_code)]
 
 use crate::ops::storage::Target;
+use half::bf16;
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid_count, _MM_HINT_T0, _mm_prefetch};
+use std::arch::x86_64::{__cpuid_count, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 /// Rows of a register.
@@ -27,11 +29,13 @@ pub(super) struct Amx(());
 
 /// What else a product asks the caches for.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Hints {
-    /// How many bytes ahead of use the panel; not at all where 0.
+pub(super) struct Hints<'a> {
+    /// With one strip: how many bytes ahead of use the panel; not at all where 0.
     pub(super) ahead: usize,
-    /// The places of as many rows below those of the result, which come next.
+    /// With two strips: the places of as many rows below those of the result, which come next.
     pub(super) more_rows: bool,
+    /// With two strips: what is read later.
+    pub(super) later: &'a [bf16],
 }
 
 impl Amx {
@@ -91,13 +95,61 @@ fn prefetch(start: *const u8, len: usize, ahead: usize) {
     }
 }
 
-/// Asks for the `len` bytes from `start` on, to be written.
+/// Asks for the line at `address`, to be written.
 #[inline(always)]
-fn prefetch_to_write(start: *const u8, len: usize) {
-    for line in (0..len).step_by(64) {
-        // SAFETY: a hint; any address is allowed, and processors with the unit have it. The compiler's own function asks for reading where
-        // this instruction is no feature of the whole program.
-        unsafe { asm!("prefetchw [{}]", in(reg) start.addr() + line, options(nomem, nostack, preserves_flags)) };
+fn prefetch_to_write(address: usize) {
+    // SAFETY: a hint; any address is allowed, and processors with the unit have it. The compiler's own function asks for reading where
+    // this instruction is no feature of the whole program.
+    unsafe { asm!("prefetchw [{}]", in(reg) address, options(nomem, nostack, preserves_flags)) };
+}
+
+/// The lines that two strips ask for while they go over half of a panel, a few at each step: all at once, they would hold up what is
+/// read.
+struct Wishes<'a> {
+    out: &'a Target<'a>,
+    /// First column of the half.
+    column: usize,
+    /// Those of the places below, two in each row.
+    places: Range<usize>,
+    places_each: usize,
+    /// Those of what is read later.
+    later: Range<*const bf16>,
+    later_each: usize,
+}
+
+impl<'a> Wishes<'a> {
+    /// Numbers of a line of the panel.
+    const LINE: usize = 64 / size_of::<bf16>();
+
+    #[inline(always)]
+    fn new(hints: Hints<'a>, out: &'a Target<'a>, column: usize, steps: usize) -> Self {
+        let places = if hints.more_rows { 2 * out.rows } else { 0 };
+        let (first, second) = hints.later.split_at(hints.later.len() / 2);
+        let later = if column == 0 { first } else { second };
+        Self {
+            out,
+            column,
+            places: 0..places,
+            places_each: places.div_ceil(steps.max(1)),
+            later: later.as_ptr_range(),
+            later_each: later.len().div_ceil(Self::LINE).div_ceil(steps.max(1)),
+        }
+    }
+
+    /// Asks for those of one step.
+    #[inline(always)]
+    fn ask(&mut self) {
+        for line in self.places.by_ref().take(self.places_each) {
+            let place = (self.out.rows + line / 2) * self.out.across + self.column + line % 2 * PAIRS;
+            prefetch_to_write(self.out.start.wrapping_add(place).addr());
+        }
+        for _ in 0..self.later_each {
+            if self.later.start < self.later.end {
+                // SAFETY: a hint; any address is allowed.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(self.later.start.cast()) };
+                self.later.start = self.later.start.wrapping_add(Self::LINE);
+            }
+        }
     }
 }
 
@@ -127,24 +179,19 @@ impl Registers {
     /// A sum over k is, for every 32 numbers in order: the products of the even ones in one chain of fused multiply-adds from zero, those
     /// of the odd ones in another, the two added, the result added to the sum; subnormal numbers count as zeros (Intel's Software
     /// Developer's Manual, TDPBF16PS).
-    pub(super) fn multiply_bf16<P>(&self, left: &[u32], right: &[P], out: &Target<'_>, hints: Hints) {
+    pub(super) fn multiply_bf16<P>(&self, left: &[u32], right: &[P], out: &Target<'_>, hints: Hints<'_>) {
         let (steps, strips) = (size_of_val(right) / STEP_BYTES, out.rows / self.rows);
         assert!(strips == 1 || strips == 2 && self.rows == ROWS);
         assert!(size_of_val(right) == steps * STEP_BYTES && left.len() == strips * steps * self.rows * PAIRS);
         assert!(out.width == COLUMNS && out.rows == strips * self.rows);
-        if hints.more_rows {
-            for row in out.rows..2 * out.rows {
-                prefetch_to_write(out.start.wrapping_add(row * out.across).cast(), 4 * COLUMNS);
-            }
-        }
         let (a, b) = (left.as_ptr().cast(), right.as_ptr().cast());
         // SAFETY: the operands have these sizes, which are checked above, and the target is to be written.
         unsafe {
             if strips == 1 {
                 return self.one_strip(a, b, steps, out, hints.ahead);
             }
-            for columns in [0, COLUMNS / 2] {
-                self.two_strips(a, b.add(4 * columns), steps, out.start.add(columns), out.across);
+            for column in [0, COLUMNS / 2] {
+                self.two_strips([a, b], steps, out, column, Wishes::new(hints, out, column, steps));
             }
         }
     }
@@ -186,20 +233,29 @@ impl Registers {
         }
     }
 
-    /// Two strips over half of the columns of a panel: four loads for four products, where one strip takes five.
+    /// Two strips over half of the columns of a panel, those from `column` on: four loads for four products, where one strip takes five.
     ///
     /// # Safety
-    /// Strips have sixteen rows. `a` points to `steps` steps of one strip and then of another, `b` to the first column in as many steps of
-    /// a panel, `to` to places to be written, in rows that lie `across` apart.
+    /// Strips have sixteen rows. `a` points to `steps` steps of one strip and then of another, `b` to as many of a panel, `out` is to be
+    /// written.
     #[inline(always)]
-    unsafe fn two_strips(&self, a: *const u8, b: *const u8, steps: usize, to: *mut f32, across: usize) {
+    unsafe fn two_strips(
+        &self,
+        [a, b]: [*const u8; 2],
+        steps: usize,
+        out: &Target<'_>,
+        column: usize,
+        mut wishes: Wishes<'_>,
+    ) {
         let step_bytes = ROWS * PAIRS * 4;
         // SAFETY: only what the caller promises is read and written; the compiler uses none of the registers.
         unsafe {
+            let (b, to, across) = (b.add(4 * column), out.start.add(column), out.across);
             zero();
             for step in 0..steps {
                 let (first, second, b) =
                     (a.add(step * step_bytes), a.add((steps + step) * step_bytes), b.add(step * STEP_BYTES));
+                wishes.ask();
                 asm!(
                     "tileloadd tmm4, [{first} + {line}]",
                     "tileloadd tmm6, [{b} + {row}]",
@@ -316,7 +372,7 @@ mod tests {
                 let shared = Shared::new(&mut wide);
                 // SAFETY: nobody else has the matrix.
                 let out = unsafe { shared.target(30, 100, count, COLUMNS) };
-                amx.registers(rows, 64).multiply_bf16(left, &b, &out, Hints { ahead, more_rows: true });
+                amx.registers(rows, 64).multiply_bf16(left, &b, &out, Hints { ahead, more_rows: true, later: &b });
                 for (index, got) in wide.chunks(100).enumerate() {
                     let row = if index < rows { index } else { 2 * rows - 1 - index };
                     check_bits(&format!("row {index} of {count}, {k}"), &got[30..30 + COLUMNS], &expected(row));

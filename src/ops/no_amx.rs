@@ -1,6 +1,7 @@
 //! Stands in for `amx.rs` where there is no such unit: types without values.
 
 use crate::ops::storage::Target;
+use half::bf16;
 
 /// See `amx.rs`.
 pub(super) const ROWS: usize = 16;
@@ -16,9 +17,10 @@ pub(super) enum Amx {}
 /// See `amx.rs`.
 #[derive(Clone, Copy, Default)]
 #[allow(dead_code)]
-pub(super) struct Hints {
+pub(super) struct Hints<'a> {
     pub(super) ahead: usize,
     pub(super) more_rows: bool,
+    pub(super) later: &'a [bf16],
 }
 
 /// See `amx.rs`.
@@ -38,7 +40,7 @@ impl Amx {
 }
 
 impl Registers {
-    pub(super) fn multiply_bf16<P>(&self, _: &[u32], _: &[P], _: &Target<'_>, _: Hints) {
+    pub(super) fn multiply_bf16<P>(&self, _: &[u32], _: &[P], _: &Target<'_>, _: Hints<'_>) {
         match *self {}
     }
 

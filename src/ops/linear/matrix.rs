@@ -20,6 +20,8 @@ const BLOCK_MIN: usize = 2 * TURN;
 const BLOCK_MAX: usize = 16 * TURN;
 /// Fewest rows of a block for which a panel is made.
 const MADE_MIN: usize = 8 * TURN;
+/// Fewest turns that ask for the next panel.
+const TURNS_MIN: usize = 4;
 /// Pairs of a strip that are laid out at once, in a level-1 cache.
 const PART: usize = 96;
 /// How far ahead of use a panel is asked for that is read once.
@@ -111,11 +113,12 @@ impl Product {
         let write = |left: &Shared<'_, Pair>| {
             let blocks = (rows, self.block_rows(count));
             parallel::for_each_block(count, blocks, own, |(registers, [gates, ups, values]), index, rows| {
-                for turn in self.turns(rows) {
+                for turn in self.turns(rows.clone()) {
                     let len = turn.len() * WIDTH;
                     for (first, sums) in [(0, &mut *gates), (half, &mut *ups)] {
-                        let panel = &panels[(first + index * WIDTH) * k..][..WIDTH * k];
-                        self.multiply(registers, turn.clone(), panel, sums);
+                        let (panel, next) = panels[(first + index * WIDTH) * k..].split_at(WIDTH * k);
+                        let hints = self.hints(&rows, &turn, next.get(..WIDTH * k).unwrap_or_default());
+                        self.multiply(registers, turn.clone(), panel, (sums, hints));
                     }
                     swiglu::products(&gates[..len], &ups[..len], &mut values[..len]);
                     for (row, values) in turn.step_by(height).zip(values.chunks_exact(height * WIDTH)) {
@@ -147,14 +150,15 @@ impl Product {
             let column = index * WIDTH;
             match panels {
                 Panels::Stored(all) => {
-                    let panel = &all[column * k..][..WIDTH * k];
-                    self.block(rows, column, panel, (registers, sums), out);
+                    let (panel, next) = all[column * k..].split_at(WIDTH * k);
+                    let next = next.get(..WIDTH * k).unwrap_or_default();
+                    self.block(rows, column, (panel, next), (registers, sums), out);
                 }
                 Panels::Made(right) => {
                     made.clear();
                     made.resize(self.steps, Line::default());
                     self.unit.pairs.pack(right, self.sizes, column, made);
-                    self.block(rows, column, made, (registers, sums), out);
+                    self.block(rows, column, (made, &[]), (registers, sums), out);
                 }
             }
         });
@@ -183,29 +187,30 @@ impl Product {
         (rows.start..end).step_by(2 * height).map(move |first| first..end.min(first + 2 * height))
     }
 
-    /// Some rows over the panel whose first column is `column`.
+    /// Some rows over the panel whose first column is `column`, before they go over the next one.
     fn block<P>(
         &self,
         rows: Range<usize>,
         column: usize,
-        panel: &[P],
+        (panel, next): (&[P], &[bf16]),
         (registers, sums): (&Registers, &mut [f32]),
         out: &Out<'_>,
     ) {
         let Sizes { rows: all, columns, .. } = self.sizes;
         let width = WIDTH.min(columns - column);
         for turn in self.turns(rows.clone()) {
+            let hints = self.hints(&rows, &turn, next);
             match out {
                 // The unit writes to their places itself what are whole strips over a whole panel.
                 Out::Fresh(c) if width == WIDTH && turn.end <= all => {
                     // SAFETY: every sum has a place of its own.
                     #[allow(unsafe_code)]
                     let target = unsafe { c.target(turn.start * columns + column, columns, turn.len(), WIDTH) };
-                    let hints = Hints { more_rows: turn.end < rows.end, ..self.hints() };
+                    let hints = Hints { more_rows: turn.end < rows.end, ..hints };
                     registers.multiply_bf16(self.left(turn), panel, &target, hints);
                 }
                 _ => {
-                    self.multiply(registers, turn.clone(), panel, sums);
+                    self.multiply(registers, turn.clone(), panel, (sums, hints));
                     for (row, sums) in (turn.start..all.min(turn.end)).zip(sums.chunks_exact(WIDTH)) {
                         out.take(row * columns + column, &sums[..width]);
                     }
@@ -215,12 +220,18 @@ impl Product {
     }
 
     /// The sums of the rows of a turn over a panel, to `sums`.
-    fn multiply<P>(&self, registers: &Registers, turn: Range<usize>, panel: &[P], sums: &mut [f32]) {
+    fn multiply<P>(
+        &self,
+        registers: &Registers,
+        turn: Range<usize>,
+        panel: &[P],
+        (sums, hints): (&mut [f32], Hints<'_>),
+    ) {
         let shared = Shared::new(sums);
         // SAFETY: nobody else has them.
         #[allow(unsafe_code)]
         let target = unsafe { shared.target(0, WIDTH, turn.len(), WIDTH) };
-        registers.multiply_bf16(self.left(turn), panel, &target, self.hints());
+        registers.multiply_bf16(self.left(turn), panel, &target, hints);
     }
 
     /// What the unit reads for the strips of a turn.
@@ -228,8 +239,13 @@ impl Product {
         &self.left[turn.start * self.steps..turn.end * self.steps]
     }
 
-    fn hints(&self) -> Hints {
+    /// For a turn of `rows`, which go over the panel `next` after this one.
+    fn hints<'b>(&self, rows: &Range<usize>, turn: &Range<usize>, next: &'b [bf16]) -> Hints<'b> {
+        let turns = rows.len().div_ceil(TURN);
+        // A part of it in every turn, unless there are so few that it would come too fast.
+        let len = if turns < TURNS_MIN { 0 } else { next.len() / turns };
+        let later = &next[(turn.start - rows.start) / TURN * len..][..len];
         // Panels are read once where there is one strip.
-        Hints { ahead: if self.sizes.rows <= ROWS { PREFETCH_BYTES } else { 0 }, more_rows: false }
+        Hints { ahead: if self.sizes.rows <= ROWS { PREFETCH_BYTES } else { 0 }, more_rows: false, later }
     }
 }
