@@ -5,7 +5,7 @@ use super::parallel;
 use super::rope::{Angles, Turn, Turned};
 use super::storage::{Shared, range, slice};
 use crate::error::{Error, Result};
-use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Storage, Tensor};
+use candle_core::{CpuStorage, InplaceOp2, Layout, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::ops::Range;
@@ -14,16 +14,20 @@ use std::ops::Range;
 /// kv_heads, block_size, head_dim]`, in place; slot = block * block_size + offset. A cache of f32 keeps every bit, one of bf16 or f16 the
 /// nearest number. Fails on shapes that do not fit, positions outside of the table and slots outside of the cache.
 pub fn write_keys(cache: &Tensor, qkv: &Tensor, turn: &Turn<'_>, slots: &[u32]) -> Result<()> {
-    let (positions, layout) = turn.positions.storage_and_layout();
-    let Storage::Cpu(positions) = &*positions else { return Err(Error::internal("positions on another device")) };
-    let positions = slice("kv_write", positions, layout)?;
-    let op = KvWrite { slots, positions, heads: turn.heads, body: Body::best() };
-    Ok(cache.inplace_op3(qkv, turn.table.tensor(), &op)?)
+    let (positions, positions_layout) = turn.positions.storage_and_layout();
+    let (table, table_layout) = turn.table.tensor().storage_and_layout();
+    let (Storage::Cpu(positions), Storage::Cpu(table)) = (&*positions, &*table) else {
+        return Err(Error::internal("kv_write: the angles are on another device"));
+    };
+    let angles = Angles::new(slice("kv_write", positions, positions_layout)?, table, table_layout)?;
+    let op = KvWrite { slots, heads: turn.heads, first: turn.heads[0], angles: Some(angles), body: Body::best() };
+    Ok(cache.inplace_op2(qkv, &op)?)
 }
 
 /// As [`write_keys`] for the values, as they are, of rows of `heads` query heads and key heads.
 pub fn write_values(cache: &Tensor, qkv: &Tensor, heads: [usize; 2], slots: &[u32]) -> Result<()> {
-    Ok(cache.inplace_op2(qkv, &KvWrite { slots, positions: &[], heads, body: Body::best() })?)
+    let op = KvWrite { slots, heads, first: heads[0] + heads[1], angles: None, body: Body::best() };
+    Ok(cache.inplace_op2(qkv, &op)?)
 }
 
 /// From this many rows on other threads take part: waking them takes as long as the copy of a few.
@@ -31,12 +35,15 @@ const ROWS_MIN: usize = 64;
 
 struct KvWrite<'a> {
     slots: &'a [u32],
-    positions: &'a [u32],
+    /// Query heads and key heads of a row.
     heads: [usize; 2],
+    /// The first head of a row that is written.
+    first: usize,
+    /// Where heads are turned on the way.
+    angles: Option<Angles<'a>>,
     body: Body,
 }
 
-/// Values.
 impl InplaceOp2 for KvWrite<'_> {
     fn name(&self) -> &'static str {
         "kv_write"
@@ -49,44 +56,6 @@ impl InplaceOp2 for KvWrite<'_> {
         qkv: &CpuStorage,
         qkv_layout: &Layout,
     ) -> candle_core::Result<()> {
-        let [heads, kv_heads] = self.heads;
-        self.write((cache, cache_layout), (qkv, qkv_layout), heads + kv_heads, None)
-    }
-}
-
-/// Keys.
-impl InplaceOp3 for KvWrite<'_> {
-    fn name(&self) -> &'static str {
-        "kv_write"
-    }
-
-    fn cpu_fwd(
-        &self,
-        cache: &mut CpuStorage,
-        cache_layout: &Layout,
-        qkv: &CpuStorage,
-        qkv_layout: &Layout,
-        table: &CpuStorage,
-        table_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let angles = Angles::new(self.positions, table, table_layout)?;
-        if self.positions.len() != self.slots.len() || table_layout.dims()[1] != cache_layout.dims()[3] {
-            let (positions, slots) = (self.positions.len(), self.slots.len());
-            candle_core::bail!("kv_write: {positions} positions, {slots} slots, angles {:?}", table_layout.dims());
-        }
-        self.write((cache, cache_layout), (qkv, qkv_layout), self.heads[0], Some(&angles))
-    }
-}
-
-impl KvWrite<'_> {
-    /// The heads of `qkv` from `first` on, turned where there are angles.
-    fn write(
-        &self,
-        (cache, cache_layout): (&mut CpuStorage, &Layout),
-        (qkv, qkv_layout): (&CpuStorage, &Layout),
-        first: usize,
-        angles: Option<&Angles<'_>>,
-    ) -> candle_core::Result<()> {
         let (blocks, kv_heads, block_size, head_dim) = cache_layout.shape().dims4()?;
         let width = (self.heads[0] + 2 * self.heads[1]) * head_dim;
         if self.heads[1] != kv_heads || qkv_layout.dims() != [self.slots.len(), width] {
@@ -97,6 +66,12 @@ impl KvWrite<'_> {
                 qkv_layout.dims()
             );
         }
+        if let Some(angles) = &self.angles
+            && (angles.rows() != self.slots.len() || angles.head_dim != head_dim)
+        {
+            let (rows, slots) = (angles.rows(), self.slots.len());
+            candle_core::bail!("kv_write: angles of {rows} rows and head_dim {} for {slots} slots", angles.head_dim);
+        }
         if let Some(slot) = self.slots.iter().find(|&&slot| slot as usize >= blocks * block_size) {
             candle_core::bail!("kv_write: slot {slot} is outside of a cache of {} slots", blocks * block_size);
         }
@@ -105,8 +80,8 @@ impl KvWrite<'_> {
         let rows = Rows {
             qkv,
             width,
-            first: first * head_dim,
-            angles,
+            first: self.first * head_dim,
+            angles: self.angles.as_ref(),
             slots: self.slots,
             kv_heads,
             block_size,

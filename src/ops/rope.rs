@@ -1,10 +1,11 @@
 //! Rotary position embedding in the "rotate half" pairing: element i turns with element i + head_dim / 2.
 
 use super::lanes::{Body, Isa, Kernel};
-use super::parallel::{filled, for_each, for_each_chunk};
-use super::storage::{Shared, slice, slice_mut, written};
+use super::parallel::{filled, for_each_chunk};
+use super::storage::{slice, slice_mut};
 use crate::error::{Error, Result};
 use candle_core::{CpuStorage, CustomOp3, Device, InplaceOp3, Layout, Shape, Tensor};
+use std::ops::Range;
 
 /// Cosines and sines of every position.
 #[derive(Debug, Clone)]
@@ -64,20 +65,21 @@ pub struct Turn<'a> {
 /// `[T, heads, head_dim]`, keys and values `[T, kv_heads, head_dim]`; every head of the first two is rotated by its row's position.
 /// A position outside of the table is an error.
 pub fn split_rope(qkv: &Tensor, turn: &Turn<'_>) -> Result<[Tensor; 3]> {
-    let Turn { positions, table: RopeTable { table }, heads: [heads, kv_heads] } = *turn;
-    let all = qkv.apply_op3_no_bwd(positions, table, &Split { heads, kv_heads, body: Body::best() })?;
-    let (rows, head_dim) = (qkv.dim(0)?, table.dim(1)?);
-    let part = |first: usize, count: usize| -> Result<Tensor> {
-        let numbers = all.narrow(0, rows * first * head_dim, rows * count * head_dim)?;
-        Ok(numbers.reshape((rows, count, head_dim))?)
-    };
-    Ok([part(0, heads)?, part(heads, kv_heads)?, part(heads + kv_heads, kv_heads)?])
+    let [heads, kv_heads] = turn.heads;
+    let keys = part(qkv, turn, heads..heads + kv_heads, true)?;
+    let values = part(qkv, turn, heads + kv_heads..heads + 2 * kv_heads, false)?;
+    Ok([turn_queries(qkv, turn)?, keys, values])
 }
 
 /// The queries of [`split_rope`] alone.
 pub fn turn_queries(qkv: &Tensor, turn: &Turn<'_>) -> Result<Tensor> {
-    let Turn { positions, table: RopeTable { table }, heads: [heads, kv_heads] } = *turn;
-    Ok(qkv.apply_op3_no_bwd(positions, table, &Queries { heads, kv_heads, body: Body::best() })?)
+    part(qkv, turn, 0..turn.heads[0], true)
+}
+
+/// Some heads of every row, `[T, heads, head_dim]`.
+fn part(qkv: &Tensor, turn: &Turn<'_>, heads: Range<usize>, is_turned: bool) -> Result<Tensor> {
+    let op = Part { all: turn.heads, heads, is_turned, body: Body::best() };
+    Ok(qkv.apply_op3_no_bwd(turn.positions, &turn.table.table, &op)?)
 }
 
 /// The gradient of the rows that [`split_rope`] took, from those of what it gave side by side, `d` `[T, (heads + 2 * kv_heads) *
@@ -105,6 +107,11 @@ impl<'a> Angles<'a> {
             candle_core::bail!("rope: position {position} is outside of the table of {positions_max} positions");
         }
         Ok(Self { positions, table: slice("rope", table, layout)?, head_dim })
+    }
+
+    /// Rows that have them.
+    pub(super) fn rows(&self) -> usize {
+        self.positions.len()
     }
 
     /// Cosines and sines of row `row`.
@@ -138,14 +145,16 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// To the queries, keys and values, one after the other in one row of numbers.
-struct Split {
-    heads: usize,
-    kv_heads: usize,
+/// Some of the heads of every row.
+struct Part {
+    /// Query heads and key heads of a row.
+    all: [usize; 2],
+    heads: Range<usize>,
+    is_turned: bool,
     body: Body,
 }
 
-impl CustomOp3 for Split {
+impl CustomOp3 for Part {
     fn name(&self) -> &'static str {
         "rope"
     }
@@ -159,70 +168,20 @@ impl CustomOp3 for Split {
         table: &CpuStorage,
         table_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let Self { heads, kv_heads, body } = *self;
-        let all = Rows::new([heads, kv_heads], x_layout, (positions, positions_layout), (table, table_layout))?;
+        let all = Rows::new(self.all, x_layout, (positions, positions_layout), (table, table_layout))?;
         let x: &[f32] = slice("rope", x, x_layout)?;
-        let (rows, width, head_dim) = (all.rows, all.width, all.angles.head_dim);
-        let (keys, values) = (rows * heads * head_dim, rows * (heads + kv_heads) * head_dim);
-        let split = |row: usize, out: &Shared<'_, f32>| {
-            let (q, rest) = x[row * width..][..width].split_at(heads * head_dim);
-            let (k, v) = rest.split_at(kv_heads * head_dim);
-            // SAFETY: every row is split once, into places of its own.
-            #[allow(unsafe_code)]
-            let [q_out, k_out] = unsafe {
-                out.write(values + row * v.len(), v);
-                [out.cleared(row * q.len(), q.len()), out.cleared(keys + row * k.len(), k.len())]
-            };
-            for (x, out) in [(q, q_out), (k, k_out)] {
-                body.run(Turned { x, angles: all.angles.of(row), out });
-            }
-        };
-        // SAFETY: the queries, keys and values of all rows are everything.
-        #[allow(unsafe_code)]
-        let out = unsafe {
-            written(rows * width, |out| {
-                for_each(rows.div_ceil(ROWS), |index| {
-                    (index * ROWS..rows.min((index + 1) * ROWS)).for_each(|row| split(row, out));
-                });
-            })
-        };
-        Ok((CpuStorage::F32(out), Shape::from(rows * width)))
-    }
-}
-
-/// To the queries, `[T, heads, head_dim]`.
-struct Queries {
-    heads: usize,
-    kv_heads: usize,
-    body: Body,
-}
-
-impl CustomOp3 for Queries {
-    fn name(&self) -> &'static str {
-        "rope of queries"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        positions: &CpuStorage,
-        positions_layout: &Layout,
-        table: &CpuStorage,
-        table_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let Self { heads, kv_heads, body } = *self;
-        let all = Rows::new([heads, kv_heads], x_layout, (positions, positions_layout), (table, table_layout))?;
-        let x: &[f32] = slice("rope", x, x_layout)?;
-        let (rows, head_dim) = (all.rows, all.angles.head_dim);
-        let width = heads * head_dim;
-        let out = filled(rows * width, ROWS * width, |index, out| {
+        let (heads, head_dim) = (self.heads.len(), all.angles.head_dim);
+        let (first, width) = (self.heads.start * head_dim, heads * head_dim);
+        let out = filled(all.rows * width, ROWS * width, |index, out| {
             for (row, out) in (index * ROWS..).zip(out.chunks_exact_mut(width)) {
-                let x = &x[row * all.width..][..width];
-                body.run(Turned { x, angles: all.angles.of(row), out });
+                let x = &x[row * all.width + first..][..width];
+                match self.is_turned {
+                    true => self.body.run(Turned { x, angles: all.angles.of(row), out }),
+                    false => out.copy_from_slice(x),
+                }
             }
         });
-        Ok((CpuStorage::F32(out), Shape::from((rows, heads, head_dim))))
+        Ok((CpuStorage::F32(out), Shape::from((all.rows, heads, head_dim))))
     }
 }
 
@@ -347,10 +306,7 @@ mod tests {
             let other = if i < half { -x[index + half] } else { x[index - half] };
             f64::from(x[index]) * angle.cos() + f64::from(other) * angle.sin()
         };
-        let columns = |range: std::ops::Range<usize>| (0..11).flat_map(move |row| range.clone().map(move |i| (row, i)));
-        let alone =
-            turn_queries(&tensor(1, (11, width)), &Turn { positions: &ids, table: &table, heads: [heads, kv_heads] });
-        check_bits("queries alone", &floats(&alone.unwrap()), &floats(&q));
+        let columns = |range: Range<usize>| (0..11).flat_map(move |row| range.clone().map(move |i| (row, i)));
         let expected = |range| columns(range).map(|(row, i)| turned(row, i)).collect::<Vec<_>>();
         check_close("queries", &floats(&q), &expected(0..60), 1e-5);
         check_close("keys", &floats(&k), &expected(60..100), 1e-5);

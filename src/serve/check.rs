@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use super::load::{self, Numbers};
-use super::memory::{Memory, Needs};
+use super::load;
+use super::memory::{Memory, Needs, Numbers};
 use crate::{
     checkpoint::{Checkpoint, Rounding},
     config::{Config, NONE},

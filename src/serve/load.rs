@@ -8,7 +8,10 @@ use std::{
 
 use candle_core::Device;
 
-use super::{memory::MemoryPlan, progress::ProgressLine};
+use super::{
+    memory::{MemoryPlan, Numbers},
+    progress::ProgressLine,
+};
 use crate::{
     checkpoint::{self, Checkpoint, HubOptions, Rounding, Source},
     config::{ComputeDtype, Config, Quantization},
@@ -28,25 +31,6 @@ pub(super) struct Opened {
     pub(super) kind: Kind,
     pub(super) checkpoint: Checkpoint,
     pub(super) numbers: Numbers,
-}
-
-/// How the numbers of a model are kept and multiplied.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Numbers {
-    /// What its matrices are rounded to while they are loaded.
-    pub(super) rounding: Option<Rounding>,
-    pub(super) compute_dtype: ComputeDtype,
-}
-
-impl Numbers {
-    /// Those of the policy or the reward model of `config`.
-    pub(super) fn of(kind: Kind, config: &Config) -> Self {
-        let (asked, compute_dtype) = match kind {
-            Kind::Policy => (config.quantize, config.compute_dtype),
-            Kind::Reward => (config.reward_quantize, config.reward_compute_dtype),
-        };
-        Self { rounding: asked.map(Rounding::from), compute_dtype }
-    }
 }
 
 /// The checkpoint of the policy or the reward model of `config`, which is of that kind.

@@ -5,15 +5,14 @@ use std::fmt;
 use candle_core::{DType, Device};
 
 use crate::{
-    checkpoint::{Checkpoint, Storage},
-    config::{CacheDtype, ComputeDtype, EngineConfig},
+    checkpoint::{Checkpoint, Rounding, Storage},
+    config::{CacheDtype, ComputeDtype, Config, EngineConfig},
     device,
     error::{Error, Result},
     model::config::ModelConfig,
     ops::{attention, parameter::Precision, place::Place},
+    service::Kind,
 };
-
-use super::load::Numbers;
 
 /// Without a setting, a cache takes at most this part of the host's memory that is free: others need some too.
 const HOST_SHARE: f64 = 0.25;
@@ -32,6 +31,25 @@ pub(crate) fn host_cache_dtype(asked: CacheDtype, precision: Precision) -> DType
         CacheDtype::F32 => DType::F32,
         CacheDtype::Bf16 => DType::BF16,
         CacheDtype::F16 => DType::F16,
+    }
+}
+
+/// How the numbers of a model are kept and multiplied.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Numbers {
+    /// What its matrices are rounded to while they are loaded.
+    pub(super) rounding: Option<Rounding>,
+    pub(super) compute_dtype: ComputeDtype,
+}
+
+impl Numbers {
+    /// Those of the policy or the reward model of `config`.
+    pub(super) fn of(kind: Kind, config: &Config) -> Self {
+        let (asked, compute_dtype) = match kind {
+            Kind::Policy => (config.quantize, config.compute_dtype),
+            Kind::Reward => (config.reward_quantize, config.reward_compute_dtype),
+        };
+        Self { rounding: asked.map(Rounding::from), compute_dtype }
     }
 }
 
@@ -226,10 +244,7 @@ fn gib(bytes: u64) -> String {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
-    use crate::{
-        checkpoint::{HubOptions, Rounding},
-        serve::load::open_source,
-    };
+    use crate::{checkpoint::HubOptions, serve::load::open_source};
 
     /// 2 layers, 1 key head of width 8: 2 * 4 * 2 * 8 = 128 bytes of cache for a token.
     fn model() -> ModelConfig {
