@@ -17,7 +17,7 @@ __device__ __forceinline__ Terms moved(Terms terms, float max) {
 }
 
 // logits [R, vocab], targets [R], scores [R, 3] as in the operation: log-probability, entropy in nats, 1 for the largest. No numbers
-// where a logit is none or plus infinity, or none is finite.
+// where a logit is none or plus infinity, or none is finite, and no log-probability of a target outside of the vocabulary.
 template <class T>
 __device__ __forceinline__ void target_scores(float* scores, const T* logits, const uint32_t* targets, int vocab) {
     constexpr int COUNT = Vector<T>::COUNT;
@@ -52,7 +52,8 @@ __device__ __forceinline__ void target_scores(float* scores, const T* logits, co
     // Sums of entries that are no numbers would not show them all.
     const bool refused = block_sum(broken ? 1.0f : 0.0f, maxima) > 0 || max == MINUS_INFINITY;
     if (threadIdx.x == 0) {
-        const float target = widen(row[targets[blockIdx.x]]);
+        const uint32_t id = targets[blockIdx.x];
+        const float target = id < uint32_t(vocab) ? widen(row[id]) : NAN;
         const double log_sum = log(sum);
         float* out = scores + size_t(blockIdx.x) * 3;
         out[0] = refused ? NAN : float(double(target - max) - log_sum);

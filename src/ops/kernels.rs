@@ -108,10 +108,13 @@ pub struct Draw {
 }
 
 impl Draw {
+    /// Words of one.
+    pub const WORDS: usize = 8;
+
     /// In the kernel's form. A row without a draw gets one that costs little.
     pub fn of(draw: Option<&super::sample::Draw>) -> Self {
         match draw {
-            Some(super::sample::Draw { filters, seed, counter }) => Self {
+            Some(super::sample::Draw { filters, seed, counter, logprob: _ }) => Self {
                 seed: *seed,
                 counter: *counter,
                 temperature: filters.temperature,
@@ -124,7 +127,7 @@ impl Draw {
     }
 
     /// Its bytes as they lie in memory.
-    pub fn words(&self) -> [u32; 8] {
+    pub fn words(&self) -> [u32; Self::WORDS] {
         let Self { seed, counter, temperature, top_p, min_p, top_k } = *self;
         let [temperature, top_p, min_p] = [temperature, top_p, min_p].map(f32::to_bits);
         [seed as u32, (seed >> 32) as u32, counter as u32, (counter >> 32) as u32, temperature, top_p, min_p, top_k]
@@ -195,7 +198,7 @@ pub fn add_expert(dtype: DType, addresses: [u64; 4], [rows, width]: [usize; 2]) 
 }
 
 /// `scores` `[R, 3]` f32, `logits` `[R, vocab]`, `targets` `[R]`: the numbers of [`super::logprobs::TargetScore`], NaN where the row
-/// is no distribution.
+/// is no distribution or the target outside of the vocabulary.
 pub fn target_scores(dtype: DType, addresses: [u64; 3], [rows, vocab]: [usize; 2]) -> Launch {
     Launch::new(format!("target_scores_{}", suffix(dtype)), [rows, 1, 1], 512).addresses(&addresses).counts(&[vocab])
 }

@@ -4,10 +4,10 @@
 use super::kv_cache::KvCache;
 use crate::engine::step::{Chunk, Rows, StepPlan, Want};
 use crate::error::{Error, Result};
-use crate::model::Model;
 use crate::model::config::ModelConfig;
 use crate::ops::attention::PagedBatch;
-use crate::ops::attention::inputs::{Inputs, Integers};
+use crate::ops::attention::inputs::Integers;
+use crate::ops::sample::Draw;
 
 /// What the cache and the model allow a plan to name.
 #[derive(Debug, Clone, Copy)]
@@ -93,14 +93,10 @@ impl ForwardBatch {
         Ok(batch)
     }
 
-    /// The batch where `model` reads it. `rows` are those that are read.
-    ///
-    /// # Errors
-    /// If there is no memory left.
-    pub fn inputs<'a>(&'a self, rows: &'a [u32], model: &Model) -> Result<Inputs<'a>> {
+    /// The integers of the batch. `rows` are those that are read, `draws` how they are drawn from.
+    pub fn integers<'a>(&'a self, rows: &'a [u32], draws: &'a [Option<Draw>]) -> Integers<'a> {
         let Self { tokens, positions, slots, paged, .. } = self;
-        let heads = [model.config.heads, model.config.kv_heads];
-        Inputs::new(Integers { tokens, positions, slots, reads: rows, paged }, heads, model.decoder.place().device())
+        Integers { tokens, positions, slots, reads: rows, draws, paged }
     }
 
     fn push(&mut self, index: usize, chunk: &Chunk, block_size: usize) {

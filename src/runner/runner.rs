@@ -8,15 +8,16 @@ use candle_core::Tensor;
 use super::batch::{Bounds, ForwardBatch, Read};
 use super::kv_cache::{KvCache, Paged};
 use super::sampler;
-use crate::engine::request::TokenLogProb;
+use crate::engine::request::{TokenId, TokenLogProb};
 use crate::engine::step::{Chunk, Executor, Last, Outcome, Rows, StepOutput, StepPlan, Want};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::model::heads::{Head, LanguageHead, RewardHead};
+use crate::model::heads::{Head, RewardHead};
 use crate::ops::attention::inputs::Inputs;
 use crate::ops::embed::select;
 use crate::ops::logprobs::logprobs;
-use crate::ops::{host, parallel, sample};
+use crate::ops::sample::{self, Drawn};
+use crate::ops::{host, parallel};
 
 /// Rows the head is applied to at once: for a vocabulary of 32,000 their logits are 32 MB, however long the prompt
 /// whose log-probabilities are asked for.
@@ -62,14 +63,26 @@ impl Executor for Runner {
             return Ok(StepOutput::default());
         }
         let batch = ForwardBatch::new(plan, &Bounds::new(&self.model.config, &self.cache))?;
-        let read_rows: Vec<u32> = batch.reads.iter().map(|read| read.row as u32).collect();
-        let inputs = batch.inputs(&read_rows, &self.model)?;
+        let Model { config, decoder, .. } = &self.model;
+        let rows: Vec<u32> = batch.reads.iter().map(|read| read.row as u32).collect();
+        let draws: Vec<_> = batch.reads.iter().map(|read| plain_draw(read, plan, config.vocab)).collect();
+        let heads = [config.heads, config.kv_heads];
+        let inputs = Inputs::new(batch.integers(&rows, &draws), heads, decoder.place().device())?;
         let hidden = self.forward(&inputs)?;
         let mut output = StepOutput { outcomes: plan.chunks.iter().map(|_| nothing()).collect() };
         for (index, reads) in batch.reads.chunks(HEAD_ROWS_MAX).enumerate() {
-            let rows = hidden.narrow(0, index * HEAD_ROWS_MAX, reads.len())?;
+            let first = index * HEAD_ROWS_MAX;
+            let rows = hidden.narrow(0, first, reads.len())?;
             let found = match &self.model.head {
-                Head::Language(head) => read_logits(head, &rows, reads, plan)?,
+                Head::Language(head) => {
+                    let logits = head.apply(&rows)?;
+                    let rows = &draws[first..first + reads.len()];
+                    let drawn = match rows.iter().any(Option::is_some) {
+                        true => sample::read(&sample::draw(&logits, &inputs.draws.narrow(first, reads.len())?)?, rows)?,
+                        false => vec![None; reads.len()],
+                    };
+                    read_logits(&logits, &drawn, reads, plan)?
+                }
                 Head::Reward(head) => read_rewards(head, &rows, reads, plan)?,
             };
             for (read, found) in reads.iter().zip(found) {
@@ -115,19 +128,31 @@ fn record(outcome: &mut Outcome, found: Result<Found>) {
     outcome.last = last;
 }
 
-/// Applies the head to `rows` `[R, hidden]` and reads each row for its chunk. Where a token and its log-probability are all that is
-/// read, they are found where the logits are; logits of other rows come to the host.
-fn read_logits(head: &LanguageHead, rows: &Tensor, reads: &[Read], plan: &StepPlan) -> Result<Vec<Result<Found>>> {
-    let logits = head.apply(rows)?;
+/// How a row is drawn from where its logits are, if a token of it is all that is read.
+fn plain_draw(read: &Read, plan: &StepPlan, vocab: usize) -> Option<sample::Draw> {
+    match (&plan.chunks[read.chunk].want, read.each) {
+        (Want::Token(draw), None) if read.last => sampler::plain(draw, vocab),
+        _ => None,
+    }
+}
+
+/// Reads each row of `logits` `[R, vocab]` for its chunk. What was `drawn` is taken, and log-probabilities of known tokens are found
+/// where the logits are; logits of other rows come to the host.
+fn read_logits(
+    logits: &Tensor,
+    drawn: &[Option<Drawn>],
+    reads: &[Read],
+    plan: &StepPlan,
+) -> Result<Vec<Result<Found>>> {
     let vocab = logits.dim(1)?;
-    let found = read_in_place(&logits, reads, plan)?;
+    let found = read_in_place(logits, drawn, reads, plan)?;
     let left: Vec<usize> = (0..reads.len()).filter(|&index| found[index].is_none()).collect();
     let numbers = match left.len() {
         0 => Vec::new(),
-        count if count == reads.len() => host::floats(&logits)?,
+        count if count == reads.len() => host::floats(logits)?,
         count => {
             let left = left.iter().map(|&index| index as u32).collect();
-            host::floats(&select(&logits, &Tensor::from_vec(left, count, logits.device())?)?)?
+            host::floats(&select(logits, &Tensor::from_vec(left, count, logits.device())?)?)?
         }
     };
     let found: Vec<OnceLock<Result<Found>>> =
@@ -142,32 +167,32 @@ fn read_logits(head: &LanguageHead, rows: &Tensor, reads: &[Read], plan: &StepPl
 }
 
 /// What can be read off `logits` `[R, vocab]` without them; None for rows that need more, or that there is an error for.
-fn read_in_place(logits: &Tensor, reads: &[Read], plan: &StepPlan) -> Result<Vec<Option<Found>>> {
-    let chunk = |read: &Read| &plan.chunks[read.chunk];
-    let draw = |read: &Read| match (&chunk(read).want, read.each) {
-        (Want::Token(draw), None) if read.last => Some(draw),
+fn read_in_place(
+    logits: &Tensor,
+    drawn: &[Option<Drawn>],
+    reads: &[Read],
+    plan: &StepPlan,
+) -> Result<Vec<Option<Found>>> {
+    let target = |read: &Read| match (&plan.chunks[read.chunk].rows, read.each) {
+        (Rows::LogProbs { targets, top: 0 }, Some(index)) if !read.last => Some(targets[index]),
         _ => None,
     };
-    let draws: Vec<_> = reads.iter().map(|read| draw(read).and_then(sampler::plain)).collect();
-    let drawn = sample::draw(logits, &draws)?;
-    let named = |(read, drawn): (&Read, &Option<u32>)| match (&chunk(read).rows, read.each, drawn) {
-        (_, _, Some(token)) => draw(read)?.params.logprobs.map(|_| *token),
-        (Rows::LogProbs { targets, top: 0 }, Some(index), None) if !read.last => Some(targets[index]),
-        _ => None,
-    };
-    let named: Vec<_> = reads.iter().zip(&drawn).map(named).collect();
-    let logprobs = logprobs(logits, &named)?;
-    let found = (0..reads.len()).map(|index| {
-        let entry = named[index].zip(logprobs[index]);
-        let entry = entry.map(|(token, logprob)| TokenLogProb { token, logprob, top: Vec::new() });
-        match (drawn[index], named[index], entry) {
-            (Some(token), None, _) => Some(Found::Tokens(None, Last::Token(token, None))),
-            (Some(token), _, Some(entry)) => Some(Found::Tokens(None, Last::Token(token, Some(entry)))),
-            (None, _, Some(entry)) => Some(Found::Tokens(Some(entry), Last::Nothing)),
-            (_, _, None) => None,
-        }
+    let targets: Vec<_> = reads.iter().map(target).collect();
+    let logprobs = logprobs(logits, &targets)?;
+    let found = (0..reads.len()).map(|index| match (drawn[index], targets[index].zip(logprobs[index])) {
+        (Some(drawn), _) => Some(Found::Tokens(None, drawn_token(drawn))),
+        (None, Some((token, logprob))) => Some(Found::Tokens(Some(entry(token, logprob)), Last::Nothing)),
+        (None, None) => None,
     });
     Ok(found.collect())
+}
+
+fn drawn_token(Drawn { token, logprob }: Drawn) -> Last {
+    Last::Token(token, logprob.map(|logprob| entry(token, logprob)))
+}
+
+fn entry(token: TokenId, logprob: f32) -> TokenLogProb {
+    TokenLogProb { token, logprob, top: Vec::new() }
 }
 
 fn read_tokens(row: &[f32], read: &Read, chunk: &Chunk) -> Result<Found> {

@@ -7,19 +7,22 @@ use std::collections::BTreeMap;
 use crate::engine::request::{SamplingParams, TokenId, TokenLogProb};
 use crate::engine::step::Draw;
 use crate::error::{Error, Result};
+use crate::ops::kernels::SAMPLE_VOCAB_MAX;
 use crate::ops::logprobs::LogSoftmax;
 use crate::ops::sample::{self, Filters, pick, uniform};
 
-/// The same draw for `ops::sample::draw`, if the row of logits is drawn from as it is, and needed for nothing else than the
+/// The same draw for `ops::sample::draw`, if a row of `vocab` logits is drawn from as it is, and needed for nothing else than the
 /// log-probability of the drawn token.
-pub(super) fn plain(draw: &Draw) -> Option<sample::Draw> {
-    let params = draw.params.as_ref();
+pub(super) fn plain(draw: &Draw, vocab: usize) -> Option<sample::Draw> {
+    let (params, filters) = (draw.params.as_ref(), filters(&draw.params));
     let masked = draw.generated_count < params.min_tokens && !params.stop_token_ids.is_empty();
     let changed = masked || !params.logit_bias.is_empty() || params.needs_history();
-    (!changed && params.logprobs.unwrap_or(0) == 0).then(|| sample::Draw {
-        filters: filters(params),
+    let possible = filters.are_possible() && vocab <= SAMPLE_VOCAB_MAX;
+    (possible && !changed && params.logprobs.unwrap_or(0) == 0).then(|| sample::Draw {
+        filters,
         seed: params.seed,
         counter: draw.position as u64,
+        logprob: params.logprobs.is_some(),
     })
 }
 
@@ -97,6 +100,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::ops::sample::Drawn;
 
     const NEVER: f32 = f32::NEG_INFINITY;
 
@@ -162,21 +166,28 @@ mod tests {
             ..SamplingParams::default()
         };
         let logits: Vec<f32> = (0..50).map(|i| (i * i % 37) as f32 * 0.25).collect();
-        let row = candle_core::Tensor::from_slice(&logits, (1, 50), &candle_core::Device::Cpu).unwrap();
-        for position in 0..20 {
-            let drawn = Draw { position, ..drawing(params.clone(), 0, &[], 0) };
-            let plain = plain(&drawn).unwrap();
-            assert_eq!(sample::draw(&row, &[Some(plain)]).unwrap(), [Some(draw(&logits, &drawn).unwrap().0)]);
+        let device = candle_core::Device::Cpu;
+        let row = candle_core::Tensor::from_slice(&logits, (1, 50), &device).unwrap();
+        for (position, logprobs) in (0..20).zip([None, Some(0)].into_iter().cycle()) {
+            let params = SamplingParams { logprobs, ..params.clone() };
+            let drawn = Draw { position, ..drawing(params, 0, &[], 0) };
+            let rows = [plain(&drawn, 50)];
+            let found = sample::read(&sample::draw(&row, &sample::Draws::new(&rows, &device).unwrap()).unwrap(), &rows);
+            let (token, logprob) = draw(&logits, &drawn).unwrap();
+            let logprob = logprob.map(|logprob| logprob.logprob);
+            assert_eq!((logprobs.is_some(), found.unwrap()), (logprob.is_some(), vec![Some(Drawn { token, logprob })]));
         }
         let not = |change: &dyn Fn(&mut SamplingParams)| {
             let mut params = params.clone();
             change(&mut params);
-            assert!(plain(&drawing(params, 0, &[], 0)).is_none());
+            assert!(plain(&drawing(params, 0, &[], 0), 50).is_none());
         };
         not(&|params| params.logit_bias = vec![(1, 1.0)]);
         not(&|params| params.min_tokens = 1);
         not(&|params| params.presence_penalty = 0.5);
         not(&|params| params.logprobs = Some(1));
+        not(&|params| params.top_p = 1.5);
+        assert!(plain(&drawing(params.clone(), 0, &[], 0), SAMPLE_VOCAB_MAX + 1).is_none());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use eurus::ops::logprobs::target_scores;
 use eurus::ops::parameter::Precision;
 use eurus::ops::rms_norm::{add_rms_norm, rms_norm};
 use eurus::ops::rope::{RopeTable, Turn};
-use eurus::ops::sample::{self, Draw, Filters, uniform};
+use eurus::ops::sample::{self, Draw, Drawn, Draws, Filters, uniform};
 use eurus::ops::swiglu::swiglu;
 
 use crate::{check_close, device, epsilon, numbers};
@@ -112,13 +112,23 @@ fn tokens_are_drawn_as_on_the_cpu() {
                 let top_p = if row % 3 == 0 { 0.9 } else { 1.0 };
                 let min_p = if row % 5 == 0 { 0.05 } else { 0.0 };
                 let filters = Filters { temperature, top_k: row as usize % 7 * 10, top_p, min_p };
-                (row % 6 != 5).then_some(Draw { filters, seed: (uniform(1, row) * 1e18) as u64, counter: row })
+                let seed = (uniform(1, row) * 1e18) as u64;
+                (row % 6 != 5).then_some(Draw { filters, seed, counter: row, logprob: row % 2 == 0 })
             })
             .collect();
         let [on, off] = both(&logits, &device);
-        let expected = sample::draw(&off, &draws).unwrap();
-        assert_eq!(expected.iter().filter(|token| token.is_none()).count(), 5);
-        assert_eq!(sample::draw(&on, &draws).unwrap(), expected, "{dtype:?}");
+        let drawn = |logits: &Tensor, device: &Device| {
+            sample::read(&sample::draw(logits, &Draws::new(&draws, device).unwrap()).unwrap(), &draws).unwrap()
+        };
+        let (on, expected) = (drawn(&on, &device), drawn(&off, &Device::Cpu));
+        assert_eq!(expected.iter().filter(|drawn| drawn.is_none()).count(), 5);
+        let tokens = |drawn: &[Option<Drawn>]| drawn.iter().map(|drawn| drawn.map(|it| it.token)).collect::<Vec<_>>();
+        assert_eq!(tokens(&on), tokens(&expected), "{dtype:?}");
+        for (on, expected) in on.iter().flatten().zip(expected.iter().flatten()) {
+            assert_eq!(on.logprob.is_some(), expected.logprob.is_some());
+            let difference = on.logprob.unwrap_or(0.0) - expected.logprob.unwrap_or(0.0);
+            assert!(difference.abs() < 2e-5, "{dtype:?}: {on:?} instead of {expected:?}");
+        }
     }
 }
 
@@ -158,7 +168,14 @@ impl Step {
         let blocks = batch.tables.iter().map(Vec::len).sum::<usize>() + 1;
         let qkv = numbers(1, &[rows, (heads + 2 * kv_heads) * self.head_dim], 1.0, dtype);
         let caches = [2, 3].map(|seed| numbers(seed, &[blocks, kv_heads, self.block_size, self.head_dim], 1.0, dtype));
-        let integers = Integers { tokens: &positions, positions: &positions, slots: &slots, reads: &[], paged: &batch };
+        let integers = Integers {
+            tokens: &positions,
+            positions: &positions,
+            slots: &slots,
+            reads: &[],
+            draws: &[],
+            paged: &batch,
+        };
         let run = |device: &Device, place: &dyn Fn(&Tensor) -> Tensor| {
             let table = RopeTable::new(self.head_dim, 1e4, 2000, device).unwrap();
             let inputs = Inputs::new(integers, self.heads, device).unwrap();
@@ -224,7 +241,8 @@ fn a_step_that_does_not_fit_its_cache_is_an_error() {
     let table = RopeTable::new(64, 1e4, 7, &device).unwrap();
     let attend = |slots: &[u32], batch: &PagedBatch, blocks: usize| {
         let positions: Vec<u32> = positions.iter().map(|position| position - 2).collect();
-        let integers = Integers { tokens: &positions, positions: &positions, slots, reads: &[], paged: batch };
+        let integers =
+            Integers { tokens: &positions, positions: &positions, slots, reads: &[], draws: &[], paged: batch };
         let inputs = Inputs::new(integers, [2, 1], &device).unwrap();
         let turn = Turn { positions: &inputs.positions, table: &table, heads: [2, 1] };
         let qkv = numbers(1, &[2, 4 * 64], 1.0, DType::BF16).to_device(&device).unwrap();

@@ -14,6 +14,7 @@ use eurus::model::Model;
 use eurus::model::config::{HeadKind, ModelConfig};
 use eurus::model::decoder::Attention;
 use eurus::model::weights::Weights;
+use eurus::ops::attention::inputs::Inputs;
 use eurus::ops::attention::packed_attention;
 use eurus::ops::rope::{RopeTable, Turn, split_rope};
 use eurus::runner::Runner;
@@ -124,7 +125,9 @@ fn hidden(runner: &Runner, chunks: Vec<Chunk>) -> Tensor {
 fn hidden_of(reads: &[u32], runner: &Runner, chunks: Vec<Chunk>) -> Tensor {
     let bounds = Bounds::new(&runner.model().config, runner.cache());
     let batch = ForwardBatch::new(&StepPlan { chunks }, &bounds).unwrap();
-    runner.forward(&batch.inputs(reads, runner.model()).unwrap()).unwrap()
+    let config = &runner.model().config;
+    let heads = [config.heads, config.kv_heads];
+    runner.forward(&Inputs::new(batch.integers(reads, &[]), heads, &Device::Cpu).unwrap()).unwrap()
 }
 
 fn floats(tensor: &Tensor) -> Vec<f32> {

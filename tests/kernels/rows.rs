@@ -216,15 +216,19 @@ fn scores_of_targets_are_the_cpu_body_s() {
 #[test]
 fn rows_that_are_no_distribution_have_no_scores() {
     let never = f32::NEG_INFINITY;
-    let rows =
+    let broken =
         [[0.0, f32::NAN, 1.0], [f32::INFINITY, 0.0, 0.0], [never; 3], [never, f32::NAN, never], [never, 3.0, never]];
-    let targets = Buffer::of(&[1u32; 5]);
+    let rows = [&broken[..], &[[0.0, 1.0, 0.0]; 2]].concat();
+    // The last two are no tokens.
+    let targets = Buffer::of(&[1u32, 1, 1, 1, 1, 3, NONE]);
     for dtype in TYPES {
-        let (logits, out) = (Numbers::new(dtype, &rows.concat()), Buffer::poisoned(5 * 3 * 4));
+        let (logits, out) = (Numbers::new(dtype, &rows.concat()), Buffer::poisoned(7 * 3 * 4));
         let addresses = [out.address(), logits.address(), targets.address()];
-        Library::sound().run(&kernels::target_scores(dtype, addresses, [5, 3]), 1);
+        Library::sound().run(&kernels::target_scores(dtype, addresses, [7, 3]), 1);
         let scores = out.numbers::<f32>();
         assert!(scores[..12].iter().all(|score| score.is_nan()), "{scores:?}");
-        assert_eq!(scores[12..], [0.0, 0.0, 1.0]);
+        assert_eq!(scores[12..15], [0.0, 0.0, 1.0]);
+        assert!([15, 18].map(|at| scores[at]).iter().all(|score| score.is_nan()), "{scores:?}");
+        assert_eq!([16, 19].map(|at| scores[at].is_finite()), [true; 2], "{scores:?}");
     }
 }

@@ -28,6 +28,8 @@ pub(super) struct Layout {
     q_starts: usize,
     tables: usize,
     table_stride: usize,
+    /// Parts of the longest context there is room for.
+    splits: usize,
     tiles: usize,
     tile_count: usize,
     /// Sequences with one row each that follow each other.
@@ -35,11 +37,17 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    pub(super) fn new(integers: &Integers<'_>, [heads, kv_heads]: [usize; 2], words: &mut Words) -> Self {
+    pub(super) fn new(
+        integers: &Integers<'_>,
+        [heads, kv_heads]: [usize; 2],
+        context_max: usize,
+        words: &mut Words,
+    ) -> Self {
         let paged = integers.paged;
         let row_count = |sequence: usize| paged.q_starts[sequence + 1] - paged.q_starts[sequence];
         let sequence_count = paged.contexts.len();
-        let table_stride = paged.tables.iter().map(Vec::len).max().unwrap_or(0);
+        let longest = paged.tables.iter().map(Vec::len).max().unwrap_or(0);
+        let table_stride = context_max.div_ceil(paged.block_size.max(1)).max(longest);
         let padded = |table: &Vec<u32>| {
             let mut table = table.clone();
             table.resize(table_stride, 0);
@@ -62,6 +70,7 @@ impl Layout {
             q_starts: words.push(paged.q_starts.iter().map(|&start| start as u32)),
             tables: words.push(paged.tables.iter().flat_map(padded)),
             table_stride,
+            splits: kernels::splits(context_max),
             tile_count: tiles.len(),
             tiles: words.push(tiles.into_iter().flatten()),
             runs,
@@ -171,7 +180,8 @@ impl Step<'_> {
         if let Some(position) = integers.positions.iter().find(|&&position| position as usize >= positions_max) {
             candle_core::bail!("rope: position {position} is outside of the table of {positions_max} positions");
         }
-        if let Some(slot) = integers.slots.iter().find(|&&slot| slot as usize >= blocks * block_size) {
+        let outside = |&&slot: &&u32| slot as usize >= blocks * block_size && slot != kernels::NONE;
+        if let Some(slot) = integers.slots.iter().find(outside) {
             candle_core::bail!("kv_write: slot {slot} is outside of a cache of {} slots", blocks * block_size);
         }
         Ok(AttentionShape {
@@ -207,29 +217,25 @@ impl Call<'_> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
         let tensor_cores = self.dtype != DType::F32 && [64, 128].contains(&head_dim) && heads / kv_heads <= SHARE_MAX;
         if !tensor_cores {
-            let sees = |row: usize| self.integers.positions[row] as usize + 1;
-            return self.in_parts(0..rows, sees, |rows, splits, scratch| self.plain(rows, splits, scratch));
+            return self.in_parts(0..rows, |rows, scratch| self.plain(rows, scratch));
         }
         if self.layout.tile_count > 0 {
             self.prefill()?;
         }
         for run in &self.layout.runs {
-            let sees = |sequence: usize| self.integers.paged.contexts[sequence];
-            self.in_parts(run.clone(), sees, |run, splits, scratch| self.decode(run, splits, scratch))?;
+            self.in_parts(run.clone(), |run, scratch| self.decode(run, scratch))?;
         }
         Ok(())
     }
 
-    /// Cuts `all` rows so that what their parts of contexts leave fits into [`SCRATCH_BYTES`], and calls `work` with rows, parts of the
-    /// longest context and the addresses of sums and statistics.
+    /// Cuts `all` rows so that what their parts of contexts leave fits into [`SCRATCH_BYTES`], and calls `work` with rows and the
+    /// addresses of sums and statistics.
     fn in_parts(
         &self,
         all: Range<usize>,
-        sees: impl Fn(usize) -> usize,
-        work: impl Fn(Range<usize>, usize, [u64; 2]) -> candle_core::Result<()>,
+        work: impl Fn(Range<usize>, [u64; 2]) -> candle_core::Result<()>,
     ) -> candle_core::Result<()> {
-        let splits = kernels::splits(all.clone().map(sees).max().unwrap_or(0));
-        let parts = self.shape.heads * splits;
+        let parts = self.shape.heads * self.layout.splits;
         let row_bytes = parts * (self.shape.head_dim + 2) * size_of::<f32>();
         let count = (SCRATCH_BYTES / row_bytes).clamp(1, GRID_MAX);
         let most = count.min(all.len());
@@ -237,7 +243,7 @@ impl Call<'_> {
         let partial = cuda::base("step attention", &scratch)?;
         let stats = partial + (most * parts * self.shape.head_dim * size_of::<f32>()) as u64;
         for first in all.clone().step_by(count) {
-            work(first..all.end.min(first + count), splits, [partial, stats])?;
+            work(first..all.end.min(first + count), [partial, stats])?;
         }
         Ok(())
     }
@@ -251,25 +257,27 @@ impl Call<'_> {
     }
 
     /// The sequences `run`, whose only rows follow each other.
-    fn decode(&self, run: Range<usize>, splits: usize, [partial, stats]: [u64; 2]) -> candle_core::Result<()> {
+    fn decode(&self, run: Range<usize>, [partial, stats]: [u64; 2]) -> candle_core::Result<()> {
         let [keys, values] = self.caches;
         let (shape, layout, row) = (&self.shape, self.layout, self.integers.paged.q_starts[run.start]);
         let q = self.number(self.qkv, row * shape.q_stride);
         let tables = self.word(layout.tables + run.start * layout.table_stride);
         let addresses = [partial, stats, q, keys, values, tables, self.word(layout.contexts + run.start)];
-        cuda::launch(self.device, &kernels::decode_attention(self.dtype, addresses, [run.len(), splits], shape))?;
-        self.combine(row, [run.len(), splits], [partial, stats])
+        let counts = [run.len(), layout.splits];
+        cuda::launch(self.device, &kernels::decode_attention(self.dtype, addresses, counts, shape))?;
+        self.combine(row, counts, [partial, stats])
     }
 
-    fn plain(&self, rows: Range<usize>, splits: usize, [partial, stats]: [u64; 2]) -> candle_core::Result<()> {
+    fn plain(&self, rows: Range<usize>, [partial, stats]: [u64; 2]) -> candle_core::Result<()> {
         let [keys, values] = self.caches;
         let (shape, layout) = (&self.shape, self.layout);
         let q = self.number(self.qkv, rows.start * shape.q_stride);
         let (tables, sequences) = (self.word(layout.tables), self.word(layout.sequences + rows.start));
         let positions = self.positions + 4 * rows.start as u64;
         let addresses = [partial, stats, q, keys, values, tables, sequences, positions];
-        cuda::launch(self.device, &kernels::plain_attention(self.dtype, addresses, [rows.len(), splits], shape))?;
-        self.combine(rows.start, [rows.len(), splits], [partial, stats])
+        let counts = [rows.len(), layout.splits];
+        cuda::launch(self.device, &kernels::plain_attention(self.dtype, addresses, counts, shape))?;
+        self.combine(rows.start, counts, [partial, stats])
     }
 
     fn combine(&self, first_row: usize, counts: [usize; 2], [partial, stats]: [u64; 2]) -> candle_core::Result<()> {

@@ -6,11 +6,11 @@ mod weights;
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::kernels;
-use super::logprobs::{argmax, largest};
+use super::logprobs::{LogSoftmax, argmax, largest};
 use super::parallel::filled;
 use super::storage::slice;
 use crate::error::{Error, Result};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Shape, Tensor};
 #[cfg(feature = "cuda")]
 use candle_core::{CudaStorage, DType};
 use weights::Weights;
@@ -57,73 +57,147 @@ pub fn pick(logits: &[f32], filters: &Filters, uniform: f64) -> Result<u32> {
 /// How one row is drawn from.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Draw {
-    /// What stays possible.
+    /// What stays possible; see [`Filters::are_possible`].
     pub filters: Filters,
     /// With `counter`, the arguments of [`uniform`].
     pub seed: u64,
     /// See `seed`.
     pub counter: u64,
+    /// The log-probability of the token is wanted, too.
+    pub logprob: bool,
 }
 
-/// For each row of `logits` `[R, vocab]` the token that [`pick`] draws, on the device of the logits, which do not leave it. None for
-/// rows without a draw, and for those that [`pick`] has an error for.
+/// A token that was drawn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Drawn {
+    /// Its id.
+    pub token: u32,
+    /// Where [`Draw::logprob`] asks for it: that of the logits as they are, before any filter.
+    pub logprob: Option<f32>,
+}
+
+/// How rows are drawn from, where they are drawn.
+#[derive(Debug, Clone)]
+pub struct Draws<'a> {
+    rows: &'a [Option<Draw>],
+    /// `[8 R]` u32: what a GPU's kernel reads.
+    words: Tensor,
+}
+
+impl<'a> Draws<'a> {
+    /// Brings `rows` to `device`.
+    ///
+    /// # Errors
+    /// If there is no memory left.
+    pub fn new(rows: &'a [Option<Draw>], device: &Device) -> Result<Self> {
+        let words: Vec<u32> = Self::words(rows).collect();
+        let count = words.len();
+        Ok(Self { rows, words: Tensor::from_vec(words, count, device)? })
+    }
+
+    /// Those of `rows` whose [`Self::words`] are on the device already.
+    pub(super) fn of(rows: &'a [Option<Draw>], words: Tensor) -> Self {
+        Self { rows, words }
+    }
+
+    /// The rows in the kernel's form.
+    pub(super) fn words(rows: &[Option<Draw>]) -> impl Iterator<Item = u32> {
+        rows.iter().flat_map(|draw| kernels::Draw::of(draw.as_ref()).words())
+    }
+
+    /// `count` of them from row `first` on.
+    ///
+    /// # Errors
+    /// If there are not as many.
+    pub fn narrow(&self, first: usize, count: usize) -> Result<Self> {
+        let words = self.words.narrow(0, first * kernels::Draw::WORDS, count * kernels::Draw::WORDS)?;
+        Ok(Self { rows: &self.rows[first..first + count], words })
+    }
+}
+
+/// What [`pick`] draws from each row of `logits` `[R, vocab]`, as words for [`read`]. Logits and words are on one device, and nothing
+/// waits for it.
 ///
 /// # Errors
 /// If a tensor operation fails.
-pub fn draw(logits: &Tensor, draws: &[Option<Draw>]) -> Result<Vec<Option<u32>>> {
-    let vocab = logits.dim(1)?;
-    let possible = logits.device().is_cpu() || vocab <= kernels::SAMPLE_VOCAB_MAX;
-    let draws: Vec<Option<Draw>> =
-        draws.iter().map(|draw| draw.filter(|draw| possible && draw.filters.check().is_ok())).collect();
-    if draws.iter().all(Option::is_none) {
-        return Ok(vec![None; draws.len()]);
-    }
-    let tokens: Vec<u32> = logits.apply_op1_no_bwd(&Draws { draws: &draws })?.to_vec1()?;
-    let found = tokens.into_iter().zip(&draws);
-    Ok(found.map(|(token, draw)| draw.and((token != kernels::NONE).then_some(token))).collect())
+pub fn draw(logits: &Tensor, draws: &Draws<'_>) -> Result<Tensor> {
+    Ok(logits.apply_op2_no_bwd(&draws.words, &DrawRows { draws: draws.rows })?)
 }
 
-struct Draws<'a> {
+/// The tokens that [`draw`] left in `words` for `rows`. None for rows without a draw, and for those that are no distribution.
+///
+/// # Errors
+/// With whatever went wrong before on the device.
+pub fn read(words: &Tensor, rows: &[Option<Draw>]) -> Result<Vec<Option<Drawn>>> {
+    let words: Vec<u32> = words.to_vec1()?;
+    let (tokens, numbers) = words.split_at(rows.len());
+    let each = numbers.len() / rows.len().max(1);
+    let drawn = |row: usize| {
+        let draw = rows[row].filter(|_| tokens[row] != kernels::NONE)?;
+        let logprob = f32::from_bits(numbers[row * each]);
+        let logprob = draw.logprob.then_some(logprob);
+        logprob.is_none_or(|logprob| !logprob.is_nan()).then_some(Drawn { token: tokens[row], logprob })
+    };
+    Ok((0..rows.len()).map(drawn).collect())
+}
+
+struct DrawRows<'a> {
     draws: &'a [Option<Draw>],
 }
 
-impl CustomOp1 for Draws<'_> {
+impl CustomOp2 for DrawRows<'_> {
     fn name(&self) -> &'static str {
         "sample"
     }
 
-    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (rows, vocab) = self.shape(layout)?;
-        let logits: &[f32] = slice(self.name(), logits, layout)?;
-        let tokens = filled(rows, 1, |row, out| {
-            let draw = |draw: Draw| {
-                pick(&logits[row * vocab..][..vocab], &draw.filters, uniform(draw.seed, draw.counter)).ok()
-            };
-            out[0] = self.draws[row].and_then(draw).unwrap_or(kernels::NONE);
+    /// Tokens, then a number for each.
+    fn cpu_fwd(
+        &self,
+        logits: &CpuStorage,
+        layout: &Layout,
+        _: &CpuStorage,
+        words_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (rows, vocab) = self.shape(layout, words_layout)?;
+        let logits: &[f32] = slice("sample", logits, layout)?;
+        let drawn = filled(2 * rows, 2, |row, out: &mut [u32]| {
+            let logits = &logits[row * vocab..][..vocab];
+            let token = |draw: &Draw| pick(logits, &draw.filters, uniform(draw.seed, draw.counter)).ok();
+            let draw = self.draws[row].as_ref();
+            let token = draw.and_then(token);
+            let asked = token.filter(|_| draw.is_some_and(|draw| draw.logprob));
+            let logprob = asked.and_then(|token| LogSoftmax::new(logits).and_then(|softmax| softmax.at(token)).ok());
+            out.copy_from_slice(&[token.unwrap_or(kernels::NONE), logprob.unwrap_or(f32::NAN).to_bits()]);
         });
-        Ok((CpuStorage::U32(tokens), Shape::from(rows)))
+        let words = [0, 1].into_iter().flat_map(|part| drawn.iter().skip(part).step_by(2).copied());
+        Ok((CpuStorage::U32(words.collect()), Shape::from(2 * rows)))
     }
 
+    /// Tokens, then the three numbers of each target's score.
     #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, logits: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        let (rows, vocab) = self.shape(layout)?;
-        let (device, dtype) = (&logits.device, cuda::dtype(self.name(), logits)?);
-        let words: Vec<u32> = self.draws.iter().flat_map(|draw| kernels::Draw::of(draw.as_ref()).words()).collect();
-        let (out, draws) = (cuda::output(device, DType::U32, rows)?, cuda::upload(device, &words)?);
-        let addresses = [
-            cuda::base(self.name(), &out)?,
-            cuda::address(self.name(), logits, layout, dtype)?,
-            cuda::base(self.name(), &draws)?,
-        ];
-        cuda::launch(device, &kernels::sample(dtype, addresses, [rows, vocab]))?;
-        Ok((out, Shape::from(rows)))
+    fn cuda_fwd(
+        &self,
+        logits: &CudaStorage,
+        layout: &Layout,
+        words: &CudaStorage,
+        words_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (rows, vocab) = self.shape(layout, words_layout)?;
+        let (device, dtype) = (&logits.device, cuda::dtype("sample", logits)?);
+        let out = cuda::output(device, DType::U32, 4 * rows)?;
+        let (tokens, logits) = (cuda::base("sample", &out)?, cuda::address("sample", logits, layout, dtype)?);
+        let draws = cuda::address("sample", words, words_layout, DType::U32)?;
+        cuda::launch(device, &kernels::sample(dtype, [tokens, logits, draws], [rows, vocab]))?;
+        let scores = tokens + 4 * rows as u64;
+        cuda::launch(device, &kernels::target_scores(dtype, [scores, logits, tokens], [rows, vocab]))?;
+        Ok((out, Shape::from(4 * rows)))
     }
 }
 
-impl Draws<'_> {
-    fn shape(&self, layout: &Layout) -> candle_core::Result<(usize, usize)> {
-        let (rows, vocab) = layout.shape().dims2()?;
-        if rows != self.draws.len() {
+impl DrawRows<'_> {
+    fn shape(&self, logits: &Layout, words: &Layout) -> candle_core::Result<(usize, usize)> {
+        let (rows, vocab) = logits.shape().dims2()?;
+        if rows != self.draws.len() || words.dims() != [rows * kernels::Draw::WORDS] {
             candle_core::bail!("sample: {rows} rows of logits for {} draws", self.draws.len());
         }
         Ok((rows, vocab))
@@ -131,6 +205,11 @@ impl Draws<'_> {
 }
 
 impl Filters {
+    /// Whether [`pick`] takes them.
+    pub fn are_possible(&self) -> bool {
+        self.check().is_ok()
+    }
+
     fn check(&self) -> Result<()> {
         let rules = [
             ("temperature", self.temperature, self.temperature >= 0.0 && self.temperature.is_finite()),
@@ -286,15 +365,28 @@ mod tests {
         let logits: Vec<f32> = (0..4 * 50).map(|i| (i * i % 37) as f32 * 0.25).collect();
         let mut rows = logits.clone();
         rows[3 * 50] = f32::NAN;
-        let draw = |counter, top_p| Draw { filters: Filters { top_p, ..PLAIN }, seed: 7, counter };
-        let draws = [Some(draw(3, 1.0)), None, Some(draw(4, 0.5)), Some(draw(5, 1.0))];
-        let tensor = Tensor::from_vec(rows, (4, 50), &candle_core::Device::Cpu).unwrap();
-        let expected = |row: usize, counter, top_p| {
-            pick(&logits[row * 50..][..50], &draw(0, top_p).filters, uniform(7, counter)).ok()
+        let draw = |counter, top_p, logprob| Draw { filters: Filters { top_p, ..PLAIN }, seed: 7, counter, logprob };
+        let draws = [Some(draw(3, 1.0, true)), None, Some(draw(4, 0.5, false)), Some(draw(5, 1.0, false))];
+        let device = Device::Cpu;
+        let tensor = Tensor::from_vec(rows, (4, 50), &device).unwrap();
+        let drawn = |draws: &[Option<Draw>]| {
+            super::draw(&tensor, &Draws::new(draws, &device).unwrap()).and_then(|words| read(&words, draws))
         };
-        assert_eq!(super::draw(&tensor, &draws).unwrap(), [expected(0, 3, 1.0), None, expected(2, 4, 0.5), None]);
-        assert_eq!(super::draw(&tensor, &[None, None, None, Some(draw(1, 1.5))]).unwrap(), [None; 4]);
-        assert!(super::draw(&tensor, &draws[..3]).is_err());
+        let expected = |row: usize, draw: Draw| {
+            let logits = &logits[row * 50..][..50];
+            let token = pick(logits, &draw.filters, uniform(7, draw.counter)).unwrap();
+            let logprob = draw.logprob.then(|| LogSoftmax::new(logits).unwrap().at(token).unwrap());
+            Some(Drawn { token, logprob })
+        };
+        let [first, _, third, _] = draws;
+        let expected = [expected(0, first.unwrap()), None, expected(2, third.unwrap()), None];
+        assert_eq!(drawn(&draws).unwrap(), expected);
+        assert_eq!(drawn(&[None, None, None, Some(draw(1, 1.5, false))]).unwrap(), [None; 4]);
+        assert!(drawn(&draws[..3]).is_err());
+        let all = Draws::new(&draws, &device).unwrap();
+        let part = all.narrow(2, 1).unwrap();
+        let row = tensor.narrow(0, 2, 1).unwrap();
+        assert_eq!(read(&super::draw(&row, &part).unwrap(), &draws[2..3]).unwrap(), expected[2..3]);
     }
 
     #[test]
