@@ -31,6 +31,7 @@ part torch 90 python3 torch_baseline.py
 seven=(--hidden 4096 --layers 32 --heads 32 --kv-heads 8 --intermediate 14336 --positions 32768)
 part make-policy 120 ./eurus bench make-model "$work/policy" "${seven[@]}"
 part model-1k 150 ./eurus bench model --device cuda --model "$work/policy" --prefill 2048 --context 1024 --batches 1,8,32,128
+part model-1k-launched 90 ./eurus bench model --device cuda --model "$work/policy" --prefill 64 --context 1024 --batches 1,8 --no-step-graphs
 part model-4k 150 ./eurus bench model --device cuda --model "$work/policy" --prefill 2048 --context 4096 --batches 1,8,32,128
 
 # One server with both heads: 64 streams, then 64 answers of 512 tokens that share a prompt.

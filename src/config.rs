@@ -227,6 +227,8 @@ pub struct EngineConfig {
     pub threads: Option<usize>,
     /// Keep each of them but the first on a core of its own: for a machine that does nothing else.
     pub pin_threads: bool,
+    /// On a GPU, record steps of decoding as graphs and replay them, which saves launching their kernels one by one.
+    pub step_graphs: bool,
     /// Seconds without a finished step after which a busy engine counts as stalled and `/health` answers 503.
     pub step_seconds_max: u64,
 }
@@ -243,6 +245,7 @@ impl Default for EngineConfig {
             kv_cache_dtype: CacheDtype::Auto,
             threads: None,
             pin_threads: false,
+            step_graphs: true,
             step_seconds_max: 60,
         }
     }

@@ -53,6 +53,9 @@ pub struct Options {
     /// Type of the numbers in the key/value cache on a CPU
     #[arg(long, value_enum, default_value = "auto")]
     pub kv_cache_dtype: CacheDtype,
+    /// On a GPU, launch the kernels of each step one by one instead of replaying recorded steps
+    #[arg(long)]
+    pub no_step_graphs: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -121,6 +124,7 @@ pub fn run(options: &Options, mut model: Model) -> Result<Report> {
         if on_cpu { host_cache_dtype(options.kv_cache_dtype, model.decoder.precision()) } else { place.dtype() };
     let cache = KvCache::of(&model, dtype, sequences * longest.div_ceil(BLOCK_SIZE), BLOCK_SIZE)?;
     let runner = Runner::new(model, cache);
+    let runner = if options.no_step_graphs { runner.without_replays() } else { runner };
     let mut bench = Bench { runner, blocks: longest.div_ceil(BLOCK_SIZE), vocab: config.vocab, filled: 0 };
     let prefill = median(|| bench.prefill(options.prefill as usize))?;
     let decode = batches.iter().map(|&batch| {

@@ -17,6 +17,7 @@ use half::{bf16, f16};
 use super::kernels::{Argument, FAMILIES, IMAGES, Launch};
 use super::storage::range;
 
+pub mod graph;
 mod imports;
 
 /// Dynamic shared memory that a launch gets without asking for it.

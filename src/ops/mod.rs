@@ -27,6 +27,7 @@ pub mod parallel;
 pub mod parameter;
 pub mod place;
 pub mod quantized;
+pub mod replay;
 pub mod rms_norm;
 pub mod rope;
 pub mod sample;

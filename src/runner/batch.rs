@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
 use crate::ops::attention::PagedBatch;
 use crate::ops::attention::inputs::Integers;
+use crate::ops::kernels::NONE;
 use crate::ops::sample::Draw;
 
 /// What the cache and the model allow a plan to name.
@@ -97,6 +98,23 @@ impl ForwardBatch {
     pub fn integers<'a>(&'a self, rows: &'a [u32], draws: &'a [Option<Draw>]) -> Integers<'a> {
         let Self { tokens, positions, slots, paged, .. } = self;
         Integers { tokens, positions, slots, reads: rows, draws, paged }
+    }
+
+    /// Whether every sequence has one row, which is read.
+    pub fn is_one_row_each(&self) -> bool {
+        self.tokens.len() == self.paged.contexts.len() && self.reads.len() == self.tokens.len()
+    }
+
+    /// Adds sequences of one token, until there are `rows`, whose keys and values go nowhere. Of no chunk, so nobody reads them.
+    pub fn fill_up(&mut self, rows: usize) {
+        for row in self.tokens.len()..rows {
+            self.tokens.push(0);
+            self.positions.push(0);
+            self.slots.push(NONE);
+            self.paged.q_starts.push(row + 1);
+            self.paged.contexts.push(1);
+            self.paged.tables.push(vec![0]);
+        }
     }
 
     fn push(&mut self, index: usize, chunk: &Chunk, block_size: usize) {
@@ -199,6 +217,27 @@ mod tests {
             read(8, 3, Some(1), false),
         ];
         assert_eq!(batch.reads, expected);
+    }
+
+    #[test]
+    fn a_batch_is_filled_up_with_rows_that_are_written_nowhere() {
+        let last = |start, blocks: &[u32]| Chunk { want: token(), ..chunk(start, &[10], blocks) };
+        let mut batch =
+            ForwardBatch::new(&StepPlan { chunks: vec![last(5, &[9, 2]), last(0, &[1])] }, &BOUNDS).unwrap();
+        assert!(batch.is_one_row_each());
+        batch.fill_up(4);
+        assert_eq!((batch.tokens, batch.positions), (vec![10, 10, 0, 0], vec![5, 0, 0, 0]));
+        assert_eq!(batch.slots, [9, 4, NONE, NONE]);
+        assert_eq!(batch.paged.q_starts, [0, 1, 2, 3, 4]);
+        assert_eq!(batch.paged.contexts, [6, 1, 1, 1]);
+        assert_eq!(batch.paged.tables, [vec![9, 2], vec![1], vec![0], vec![0]]);
+        assert_eq!(batch.reads.len(), 2);
+
+        let more = Chunk { want: token(), ..chunk(0, &[10, 11], &[1]) };
+        for other in [more, chunk(0, &[10], &[1])] {
+            let plan = StepPlan { chunks: vec![last(5, &[9, 2]), other] };
+            assert!(!ForwardBatch::new(&plan, &BOUNDS).unwrap().is_one_row_each());
+        }
     }
 
     #[track_caller]

@@ -12,11 +12,13 @@ use crate::engine::request::{TokenId, TokenLogProb};
 use crate::engine::step::{Chunk, Executor, Last, Outcome, Rows, StepOutput, StepPlan, Want};
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::model::config::HeadKind;
 use crate::model::heads::{Head, RewardHead};
 use crate::ops::attention::inputs::Inputs;
 use crate::ops::embed::select;
 use crate::ops::logprobs::logprobs;
-use crate::ops::sample::{self, Drawn};
+use crate::ops::replay::{Replays, Room};
+use crate::ops::sample::{self, Drawn, Draws};
 use crate::ops::{host, parallel};
 
 /// Rows the head is applied to at once: for a vocabulary of 32,000 their logits are 32 MB, however long the prompt
@@ -28,12 +30,24 @@ const HEAD_ROWS_MAX: usize = 256;
 pub struct Runner {
     model: Model,
     cache: KvCache,
+    /// None where every step is computed anew.
+    replays: Option<Replays>,
 }
 
 impl Runner {
-    /// Runs `model` over `cache`; both live on one device.
+    /// Runs `model` over `cache`; both live on one device. Where that is a GPU, steps of decoding are recorded and replayed.
     pub fn new(model: Model, cache: KvCache) -> Self {
-        Self { model, cache }
+        let Model { config, decoder, .. } = &model;
+        // Which experts compute a row is decided on the host.
+        let possible = config.head == HeadKind::Language && config.experts.is_none();
+        let replays = Replays::new([config.heads, config.kv_heads], decoder.place().device()).filter(|_| possible);
+        Self { model, cache, replays }
+    }
+
+    /// Computes every step anew.
+    #[must_use]
+    pub fn without_replays(self) -> Self {
+        Self { replays: None, ..self }
     }
 
     /// The model.
@@ -46,26 +60,47 @@ impl Runner {
         &self.cache
     }
 
+    /// Steps that were replayed so far.
+    pub fn replayed(&self) -> u64 {
+        self.replays.as_ref().map_or(0, Replays::replayed)
+    }
+
     /// Hidden states `[R, hidden]` of the rows that are read.
     ///
     /// # Errors
     /// If a tensor operation fails.
     pub fn forward(&self, inputs: &Inputs<'_>) -> Result<Tensor> {
-        let paged = Paged { cache: &self.cache, inputs };
-        let some = inputs.integers.reads.len() < inputs.integers.tokens.len();
-        self.model.decoder.forward(&inputs.tokens, &inputs.positions, &paged, some.then_some(&inputs.reads))
+        forward(&self.model, &self.cache, inputs)
     }
-}
 
-impl Executor for Runner {
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput> {
-        if plan.chunks.is_empty() {
-            return Ok(StepOutput::default());
+    /// The outcomes of a step that is replayed; None if it has to be computed as any other.
+    fn replay(&mut self, plan: &StepPlan, batch: &mut ForwardBatch) -> Result<Option<StepOutput>> {
+        let Self { model, cache, replays: Some(replays) } = self else { return Ok(None) };
+        let Head::Language(head) = &model.head else { return Ok(None) };
+        if !batch.is_one_row_each() || batch.tokens.len() > HEAD_ROWS_MAX {
+            return Ok(None);
         }
-        let batch = ForwardBatch::new(plan, &Bounds::new(&self.model.config, &self.cache))?;
+        let mut draws = plain_draws(&batch.reads, plan, model.config.vocab);
+        if draws.iter().any(Option::is_none) {
+            return Ok(None);
+        }
+        let room = Room::of(draws.len(), batch.paged.contexts.iter().copied().max().unwrap_or(0));
+        batch.fill_up(room.rows);
+        draws.resize(room.rows, None);
+        let rows: Vec<u32> = (0..room.rows as u32).collect();
+        let words = replays.run(batch.integers(&rows, &draws), room, |inputs| {
+            sample::draw(&head.apply(&forward(model, cache, inputs)?)?, &inputs.draws)
+        })?;
+        let drawn = sample::read(&words, &draws)?.into_iter().take(plan.chunks.len());
+        // What is wrong with a row that is no distribution is told by computing the step again, which changes nothing.
+        let outcomes: Option<_> = drawn.map(|drawn| Some(Outcome { last: drawn_token(drawn?), ..nothing() })).collect();
+        Ok(outcomes.map(|outcomes| StepOutput { outcomes }))
+    }
+
+    fn compute(&self, plan: &StepPlan, batch: &ForwardBatch) -> Result<StepOutput> {
         let Model { config, decoder, .. } = &self.model;
         let rows: Vec<u32> = batch.reads.iter().map(|read| read.row as u32).collect();
-        let draws: Vec<_> = batch.reads.iter().map(|read| plain_draw(read, plan, config.vocab)).collect();
+        let draws = plain_draws(&batch.reads, plan, config.vocab);
         let heads = [config.heads, config.kv_heads];
         let inputs = Inputs::new(batch.integers(&rows, &draws), heads, decoder.place().device())?;
         let hidden = self.forward(&inputs)?;
@@ -75,13 +110,8 @@ impl Executor for Runner {
             let rows = hidden.narrow(0, first, reads.len())?;
             let found = match &self.model.head {
                 Head::Language(head) => {
-                    let logits = head.apply(&rows)?;
-                    let rows = &draws[first..first + reads.len()];
-                    let drawn = match rows.iter().any(Option::is_some) {
-                        true => sample::read(&sample::draw(&logits, &inputs.draws.narrow(first, reads.len())?)?, rows)?,
-                        false => vec![None; reads.len()],
-                    };
-                    read_logits(&logits, &drawn, reads, plan)?
+                    let draws = inputs.draws.narrow(first, reads.len())?;
+                    read_logits(&head.apply(&rows)?, &draws, reads, plan)?
                 }
                 Head::Reward(head) => read_rewards(head, &rows, reads, plan)?,
             };
@@ -91,6 +121,26 @@ impl Executor for Runner {
         }
         Ok(output)
     }
+}
+
+impl Executor for Runner {
+    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput> {
+        if plan.chunks.is_empty() {
+            return Ok(StepOutput::default());
+        }
+        let bounds = Bounds::new(&self.model.config, &self.cache);
+        let mut batch = ForwardBatch::new(plan, &bounds)?;
+        match self.replay(plan, &mut batch)? {
+            Some(output) => Ok(output),
+            None => self.compute(plan, &batch),
+        }
+    }
+}
+
+fn forward(model: &Model, cache: &KvCache, inputs: &Inputs<'_>) -> Result<Tensor> {
+    let paged = Paged { cache, inputs };
+    let some = inputs.integers.reads.len() < inputs.integers.tokens.len();
+    model.decoder.forward(&inputs.tokens, &inputs.positions, &paged, some.then_some(&inputs.reads))
 }
 
 /// What one row gave.
@@ -128,24 +178,20 @@ fn record(outcome: &mut Outcome, found: Result<Found>) {
     outcome.last = last;
 }
 
-/// How a row is drawn from where its logits are, if a token of it is all that is read.
-fn plain_draw(read: &Read, plan: &StepPlan, vocab: usize) -> Option<sample::Draw> {
-    match (&plan.chunks[read.chunk].want, read.each) {
+/// How each row is drawn from where its logits are, if a token of it is all that is read.
+fn plain_draws(reads: &[Read], plan: &StepPlan, vocab: usize) -> Vec<Option<sample::Draw>> {
+    let plain = |read: &Read| match (&plan.chunks[read.chunk].want, read.each) {
         (Want::Token(draw), None) if read.last => sampler::plain(draw, vocab),
         _ => None,
-    }
+    };
+    reads.iter().map(plain).collect()
 }
 
-/// Reads each row of `logits` `[R, vocab]` for its chunk. What was `drawn` is taken, and log-probabilities of known tokens are found
-/// where the logits are; logits of other rows come to the host.
-fn read_logits(
-    logits: &Tensor,
-    drawn: &[Option<Drawn>],
-    reads: &[Read],
-    plan: &StepPlan,
-) -> Result<Vec<Result<Found>>> {
+/// Reads each row of `logits` `[R, vocab]` for its chunk. Tokens and log-probabilities of known tokens are found where the logits are;
+/// logits of other rows come to the host.
+fn read_logits(logits: &Tensor, draws: &Draws<'_>, reads: &[Read], plan: &StepPlan) -> Result<Vec<Result<Found>>> {
     let vocab = logits.dim(1)?;
-    let found = read_in_place(logits, drawn, reads, plan)?;
+    let found = read_in_place(logits, draws, reads, plan)?;
     let left: Vec<usize> = (0..reads.len()).filter(|&index| found[index].is_none()).collect();
     let numbers = match left.len() {
         0 => Vec::new(),
@@ -167,12 +213,11 @@ fn read_logits(
 }
 
 /// What can be read off `logits` `[R, vocab]` without them; None for rows that need more, or that there is an error for.
-fn read_in_place(
-    logits: &Tensor,
-    drawn: &[Option<Drawn>],
-    reads: &[Read],
-    plan: &StepPlan,
-) -> Result<Vec<Option<Found>>> {
+fn read_in_place(logits: &Tensor, draws: &Draws<'_>, reads: &[Read], plan: &StepPlan) -> Result<Vec<Option<Found>>> {
+    let drawn = match draws.rows().iter().all(Option::is_none) {
+        true => vec![None; reads.len()],
+        false => sample::read(&sample::draw(logits, draws)?, draws.rows())?,
+    };
     let target = |read: &Read| match (&plan.chunks[read.chunk].rows, read.each) {
         (Rows::LogProbs { targets, top: 0 }, Some(index)) if !read.last => Some(targets[index]),
         _ => None,

@@ -74,7 +74,8 @@ pub(super) fn load(
         let cache = KvCache::of(&model, plan.cache_dtype(), plan.block_count, plan.block_size)?;
         memory::give_back();
         memory::keep_freed();
-        Ok(Runner::new(model, cache))
+        let runner = Runner::new(model, cache);
+        Ok(if config.engine.step_graphs { runner } else { runner.without_replays() })
     })?;
 
     let limits = Limits {

@@ -4,6 +4,7 @@ use candle_core::backend::BackendDevice;
 use candle_core::{CudaDevice, DType, Layout};
 use eurus::device::Choice;
 use eurus::error::Error;
+use eurus::ops::cuda::graph::Graph;
 use eurus::ops::kernels::Launch;
 use eurus::ops::{cuda, kernels};
 
@@ -63,4 +64,23 @@ fn without_memory_there_is_an_error_that_says_so() {
     let Some(device) = emulator() else { return };
     let error = Error::from(cuda::output(&device, DType::F32, 1 << 40).unwrap_err());
     assert!(matches!(&error, Error::Unavailable(text) if text.contains("no memory left")), "{error}");
+}
+
+/// What the host waits for or copies is refused while a stream records, and the stream goes on as if nothing had been.
+#[test]
+fn what_cannot_be_recorded_is_an_error() {
+    let Some(device) = emulator() else { return };
+    let x = device.storage_from_slice(&[3.0f32; 64]).unwrap();
+    let out = cuda::output(&device, DType::F32, 64).unwrap();
+    let [out_address, address] = [&out, &x].map(|storage| cuda::base("test", storage).unwrap());
+    let norm = kernels::rms_norm(DType::F32, [out_address, address, address], [1, 64], 0.0);
+    let read = |storage| cuda::download("test", storage, &Layout::contiguous(64)).unwrap();
+    let text = Graph::record(&device, || cuda::upload(&device, &[1]).map(drop)).unwrap_err().to_string();
+    assert!(text.contains("CAPTURE"), "{text}");
+    let text = Graph::record(&device, || candle_core::bail!("its own")).unwrap_err().to_string();
+    assert!(text.contains("its own"), "{text}");
+    let graph = Graph::record(&device, || cuda::launch(&device, &norm)).unwrap();
+    assert!(read(&out)[0].is_nan());
+    graph.launch().unwrap();
+    assert_eq!(read(&out), [3.0; 64]);
 }

@@ -7,6 +7,7 @@
 mod launches;
 mod models;
 mod ops;
+mod replays;
 mod service;
 
 use candle_core::{DType, Device, Tensor};

@@ -20,7 +20,7 @@ use eurus::runner::kv_cache::KvCache;
 
 use crate::device;
 
-const BLOCK_SIZE: usize = 8;
+pub(crate) const BLOCK_SIZE: usize = 8;
 
 /// The fixtures: cargo runs tests in the package's folder.
 fn presets() -> Vec<PathBuf> {
@@ -66,20 +66,20 @@ fn load(folder: &Path, dtype: Option<DType>, device: &Device) -> Model {
     Model { decoder: decoder.with_rope(table), config, head }
 }
 
-fn runner(model: Model, block_count: usize) -> Runner {
+pub(crate) fn runner(model: Model, block_count: usize) -> Runner {
     let cache = KvCache::new(&model, block_count, BLOCK_SIZE).unwrap();
     Runner::new(model, cache)
 }
 
 /// A sequence with scattered blocks of its own among those of `count`.
 #[derive(Clone)]
-struct Track {
+pub(crate) struct Track {
     id: u64,
-    tokens: Vec<TokenId>,
+    pub(crate) tokens: Vec<TokenId>,
     blocks: Vec<BlockId>,
 }
 
-fn tracks(prompts: &[Vec<TokenId>], blocks_each: usize) -> Vec<Track> {
+pub(crate) fn tracks(prompts: &[Vec<TokenId>], blocks_each: usize) -> Vec<Track> {
     let track = |(id, tokens): (usize, &Vec<TokenId>)| {
         let blocks = (0..blocks_each).rev().map(|index| BlockId((index * prompts.len() + id) as u32)).collect();
         Track { id: id as u64, tokens: tokens.clone(), blocks }
@@ -88,18 +88,18 @@ fn tracks(prompts: &[Vec<TokenId>], blocks_each: usize) -> Vec<Track> {
 }
 
 impl Track {
-    fn chunk(&self, start: usize, rows: Rows, want: Want) -> Chunk {
+    pub(crate) fn chunk(&self, start: usize, rows: Rows, want: Want) -> Chunk {
         let (id, blocks) = (SequenceId(self.id), self.blocks.clone());
         Chunk { id, start, tokens: self.tokens[start..].to_vec(), blocks, rows, want }
     }
 }
 
-fn draw(position: usize, params: SamplingParams) -> Want {
+pub(crate) fn draw(position: usize, params: SamplingParams) -> Want {
     let params = Arc::new(params);
     Want::Token(Draw { params, position, generated_count: 0, history: Vec::new(), prompt_len: 0 })
 }
 
-fn execute(runner: &mut Runner, chunks: Vec<Chunk>) -> Vec<Outcome> {
+pub(crate) fn execute(runner: &mut Runner, chunks: Vec<Chunk>) -> Vec<Outcome> {
     runner.execute(&StepPlan { chunks }).unwrap().outcomes
 }
 
@@ -216,11 +216,21 @@ fn presets_of_two_bytes_stay_near_the_cpu() {
 }
 
 /// A model whose heads have the size that tensor cores take.
-fn random(head_dim: usize, dtype: DType, device: &Device) -> Model {
+pub(crate) fn random(head_dim: usize, dtype: DType, device: &Device) -> Model {
+    random_with(|_| {}, head_dim, dtype, device)
+}
+
+/// [`random`] with tensors changed.
+pub(crate) fn random_with(
+    change: impl Fn(&mut HashMap<String, Tensor>),
+    head_dim: usize,
+    dtype: DType,
+    device: &Device,
+) -> Model {
     let json = format!(
         r#"{{"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "hidden_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": {head_dim},
-        "intermediate_size": 96, "vocab_size": 300, "max_position_embeddings": 700, "rms_norm_eps": 1e-5,
+        "intermediate_size": 96, "vocab_size": 300, "max_position_embeddings": 900, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "sliding_window": null, "tie_word_embeddings": false}}"#
     );
     let config = ModelConfig::parse(&json, None).unwrap();
@@ -230,10 +240,11 @@ fn random(head_dim: usize, dtype: DType, device: &Device) -> Model {
         let scale = if name.ends_with("norm.weight") { 1.0 } else { 10.0 };
         *tensor = (&*tensor * scale).unwrap().to_dtype(dtype).unwrap();
     }
+    change(&mut tensors);
     Model::load(config, Weights::new(tensors), device).unwrap()
 }
 
-fn texts(count: usize, len: usize) -> Vec<Vec<TokenId>> {
+pub(crate) fn texts(count: usize, len: usize) -> Vec<Vec<TokenId>> {
     (0..count).map(|i| (0..len + 13 * i).map(|at| ((at * at + 7 * i) % 300) as u32).collect()).collect()
 }
 

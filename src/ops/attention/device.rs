@@ -46,8 +46,8 @@ impl Layout {
         let paged = integers.paged;
         let row_count = |sequence: usize| paged.q_starts[sequence + 1] - paged.q_starts[sequence];
         let sequence_count = paged.contexts.len();
-        let longest = paged.tables.iter().map(Vec::len).max().unwrap_or(0);
-        let table_stride = context_max.div_ceil(paged.block_size.max(1)).max(longest);
+        let table_stride = context_max.div_ceil(paged.block_size.max(1));
+        // What lies beyond is not read.
         let padded = |table: &Vec<u32>| {
             let mut table = table.clone();
             table.resize(table_stride, 0);

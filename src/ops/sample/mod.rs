@@ -95,6 +95,11 @@ impl<'a> Draws<'a> {
         Ok(Self { rows, words: Tensor::from_vec(words, count, device)? })
     }
 
+    /// As they came.
+    pub fn rows(&self) -> &'a [Option<Draw>] {
+        self.rows
+    }
+
     /// Those of `rows` whose [`Self::words`] are on the device already.
     pub(super) fn of(rows: &'a [Option<Draw>], words: Tensor) -> Self {
         Self { rows, words }

@@ -1,0 +1,208 @@
+//! Steps in which every sequence has one new row, recorded as a graph on a GPU and replayed: launching their operations one by one takes
+//! longer than the smaller ones run. A CPU has nothing to record.
+
+#[cfg(feature = "cuda")]
+use std::collections::HashMap;
+
+use candle_core::{Device, Tensor};
+
+use super::attention::inputs::{Inputs, Integers};
+#[cfg(feature = "cuda")]
+use super::{attention::inputs::LaidOut, cuda::graph::Graph};
+use crate::error::Result;
+
+/// Recorded steps that are kept; beyond it all are forgotten. Buckets up to 256 rows and contexts of 32,768 are about as many.
+#[cfg(feature = "cuda")]
+const STEPS_MAX: usize = 128;
+
+/// Rows and positions that a step is laid out for: its own or a few more, so that few layouts serve all steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Room {
+    /// Rows, those included that fill up the batch.
+    pub rows: usize,
+    /// Positions of the longest context.
+    pub context: usize,
+}
+
+impl Room {
+    /// The smallest room for `rows` rows and contexts of up to `context` positions.
+    pub fn of(rows: usize, context: usize) -> Self {
+        // 1, 2, 4, 8, and two sizes to each power of two above: at most a third is empty.
+        let step = (rows.next_power_of_two() / 4).max(1);
+        let rows = if rows <= 8 { rows.next_power_of_two() } else { rows.next_multiple_of(step) };
+        Self { rows, context: super::kernels::splits(context).next_power_of_two() * super::kernels::SPLIT_LEN }
+    }
+}
+
+/// The recorded steps of one model.
+#[derive(Debug)]
+pub struct Replays {
+    heads: [usize; 2],
+    device: Device,
+    replayed: u64,
+    #[cfg(feature = "cuda")]
+    steps: HashMap<Room, Step>,
+}
+
+/// What is known of the steps that need one room.
+#[cfg(feature = "cuda")]
+#[derive(Debug)]
+enum Step {
+    /// There was one, with this result.
+    Seen(Tensor),
+    /// Where its integers are read and where its result is written, each time.
+    Recorded { words: Tensor, result: Tensor, graph: Graph },
+    /// Something about it cannot be recorded.
+    Refused,
+}
+
+impl Replays {
+    /// For a model of `heads` query heads and key heads on `device`; None on a CPU.
+    pub fn new(heads: [usize; 2], device: &Device) -> Option<Self> {
+        (!device.is_cpu()).then(|| Self {
+            heads,
+            device: device.clone(),
+            replayed: 0,
+            #[cfg(feature = "cuda")]
+            steps: HashMap::new(),
+        })
+    }
+
+    /// Steps that were replayed so far.
+    pub fn replayed(&self) -> u64 {
+        self.replayed
+    }
+
+    /// The result of `work` on `integers`: u32, of a shape that depends on `room` alone. Every sequence has one row, and there are as many
+    /// as `room` has. `work` asks the same of the device whatever the integers are, and neither waits for it nor copies from or to the
+    /// host. The first step of a room is done as any other, for what is loaded or chosen at first sight cannot be recorded; the second is
+    /// recorded. The result is good until the next call.
+    ///
+    /// # Errors
+    /// Of `work`, and if there is no memory left.
+    pub fn run(
+        &mut self,
+        integers: Integers<'_>,
+        room: Room,
+        work: impl Fn(&Inputs<'_>) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = self.device.clone() {
+            return self.run_on(&device, integers, room, work);
+        }
+        let _ = room;
+        work(&Inputs::new(integers, self.heads, &self.device)?)
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod recorded {
+    use candle_core::cuda_backend::CudaStorageSlice;
+    use candle_core::{CpuStorage, CudaDevice, CudaStorage, InplaceOp1, InplaceOp2, Layout};
+
+    use super::*;
+
+    impl Replays {
+        pub(super) fn run_on(
+            &mut self,
+            device: &CudaDevice,
+            integers: Integers<'_>,
+            room: Room,
+            work: impl Fn(&Inputs<'_>) -> Result<Tensor>,
+        ) -> Result<Tensor> {
+            let laid_out = LaidOut::new(&integers, self.heads, room.context);
+            let inputs = |laid_out| Inputs::of(integers, laid_out, &self.device);
+            if self.steps.len() >= STEPS_MAX && !self.steps.contains_key(&room) {
+                self.steps.clear();
+            }
+            match self.steps.get(&room) {
+                None => {
+                    let result = work(&inputs(laid_out)?)?;
+                    self.steps.insert(room, Step::Seen(result.clone()));
+                    Ok(result)
+                }
+                Some(Step::Seen(result)) => {
+                    let (result, inputs) = (result.clone(), inputs(laid_out)?);
+                    let recorded = Graph::record(device, || {
+                        result.inplace_op2(&work(&inputs).map_err(candle_core::Error::wrap)?, &CopyWords)
+                    });
+                    match recorded {
+                        Ok(graph) => {
+                            graph.launch()?;
+                            let words = inputs.words.clone();
+                            self.steps.insert(room, Step::Recorded { words, result: result.clone(), graph });
+                            self.replayed += 1;
+                            Ok(result)
+                        }
+                        Err(error) => {
+                            // Where this fails, too, it was not the recording.
+                            let result = work(&inputs)?;
+                            tracing::warn!("steps of {} rows are not recorded: {error}", room.rows);
+                            self.steps.insert(room, Step::Refused);
+                            Ok(result)
+                        }
+                    }
+                }
+                Some(Step::Recorded { words, result, graph }) => {
+                    words.inplace_op1(&Fill(&laid_out.words))?;
+                    graph.launch()?;
+                    self.replayed += 1;
+                    Ok(result.clone())
+                }
+                Some(Step::Refused) => work(&inputs(laid_out)?),
+            }
+        }
+    }
+
+    /// Writes words of the host over those of a tensor.
+    struct Fill<'a>(&'a [u32]);
+
+    impl InplaceOp1 for Fill<'_> {
+        fn name(&self) -> &'static str {
+            "fill"
+        }
+
+        fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+            candle_core::bail!("{}: a CPU has nothing to record", self.name())
+        }
+
+        fn cuda_fwd(&self, words: &mut CudaStorage, layout: &Layout) -> candle_core::Result<()> {
+            let device = words.device.clone();
+            match &mut words.slice {
+                CudaStorageSlice::U32(words) if layout.shape().elem_count() == self.0.len() => {
+                    device.memcpy_htod(self.0, words)
+                }
+                _ => candle_core::bail!("{}: {:?} do not take {} words", self.name(), layout.dims(), self.0.len()),
+            }
+        }
+    }
+
+    /// Copies the words of another tensor over those of a tensor.
+    struct CopyWords;
+
+    impl InplaceOp2 for CopyWords {
+        fn name(&self) -> &'static str {
+            "copy words"
+        }
+
+        fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> candle_core::Result<()> {
+            candle_core::bail!("{}: a CPU has nothing to record", self.name())
+        }
+
+        fn cuda_fwd(
+            &self,
+            to: &mut CudaStorage,
+            to_layout: &Layout,
+            from: &CudaStorage,
+            from_layout: &Layout,
+        ) -> candle_core::Result<()> {
+            let device = to.device.clone();
+            match (&mut to.slice, &from.slice) {
+                (CudaStorageSlice::U32(to), CudaStorageSlice::U32(from)) if to_layout == from_layout => {
+                    device.memcpy_dtod(from, to)
+                }
+                _ => candle_core::bail!("{}: {:?} over {:?}", self.name(), from_layout.dims(), to_layout.dims()),
+            }
+        }
+    }
+}
