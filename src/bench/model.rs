@@ -184,7 +184,7 @@ impl Bench {
     /// Computes `count` tokens from position `start` of each sequence.
     fn step(&mut self, sequences: &[usize], start: usize, count: usize) -> Result<()> {
         let chunks = sequences.iter().map(|&sequence| self.chunk(sequence, start, count)).collect();
-        self.runner.execute(&StepPlan { chunks }).map(drop)
+        self.runner.execute(&StepPlan { chunks }, &mut || ()).map(drop)
     }
 
     fn chunk(&self, sequence: usize, start: usize, count: usize) -> Chunk {

@@ -12,7 +12,7 @@ use super::blocks::BlockPool;
 use super::limits::Limits;
 use super::request::{Event, Request};
 use super::scheduler::Scheduler;
-use super::step::Executor;
+use super::step::{Executor, StepPlan};
 use super::telemetry::Telemetry;
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
@@ -152,16 +152,21 @@ fn gone(name: &str, reason: &str) -> Error {
 
 /// One scheduler and one executor on a thread of their own.
 pub struct Engine {
+    executor: Box<dyn Executor>,
+    desk: Desk,
+    /// The last step found nothing to compute.
+    parked: bool,
+}
+
+/// What an engine does beside computing, also while its executor does.
+struct Desk {
     name: Arc<str>,
     scheduler: Scheduler,
-    executor: Box<dyn Executor>,
     telemetry: Telemetry,
     status: Arc<EngineStatus>,
     inbox: Receiver<Arrival>,
     /// How many of `status.queued` are in the scheduler, not in the inbox.
     queued_seen: usize,
-    /// The last step found nothing to compute.
-    parked: bool,
 }
 
 impl Engine {
@@ -203,50 +208,84 @@ impl Engine {
         });
         let (sender, inbox) = sync_channel(limits.waiting_max);
         let name: Arc<str> = name.into();
-        let engine = Self {
+        let desk = Desk {
             name: Arc::clone(&name),
             scheduler: Scheduler::new(limits, BlockPool::new(block_count, block_size)),
-            executor,
             telemetry: Telemetry::new(metrics, &name, block_count),
             status: Arc::clone(&status),
             inbox,
             queued_seen: 0,
-            parked: false,
         };
+        let engine = Self { executor, desk, parked: false };
         let thread = std::thread::Builder::new().name(format!("engine {name}"));
         let thread = thread.spawn(move || engine.run()).map_err(Error::internal)?;
         Ok((EngineHandle { name, limits, block_size, status, inbox: sender }, thread))
     }
 
     fn run(mut self) {
-        while self.receive() {
+        while self.desk.receive(self.parked) {
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.step())) {
                 let reason = panic.downcast_ref::<&str>().map(|text| text.to_string());
                 let reason = reason.or_else(|| panic.downcast_ref::<String>().cloned());
-                return self.die(reason.unwrap_or_else(|| "panic".into()));
+                return self.desk.die(reason.unwrap_or_else(|| "panic".into()));
             }
         }
     }
 
+    fn step(&mut self) {
+        let Self { executor, desk, parked } = self;
+        let preemptions = desk.scheduler.counters().preemptions;
+        let plan = desk.scheduler.plan();
+        *parked = plan.chunks.is_empty() && desk.scheduler.counters().preemptions == preemptions;
+        if plan.chunks.is_empty() {
+            desk.meanwhile(&plan);
+        } else {
+            match executor.execute(&plan, &mut || desk.meanwhile(&plan)) {
+                Ok(output) => {
+                    desk.telemetry.executed(&plan, &output);
+                    desk.scheduler.commit(&plan, output);
+                }
+                Err(error) => desk.scheduler.fail(&plan, &error),
+            }
+            desk.report();
+        }
+        desk.status.progress();
+    }
+}
+
+impl Desk {
     /// Takes in what has arrived, sleeping while there is nothing else to do. False when all is done and nobody is left.
-    fn receive(&mut self) -> bool {
+    fn receive(&mut self, parked: bool) -> bool {
         if self.scheduler.is_idle() {
+            self.scheduler.tell();
             self.status.busy.store(false, Ordering::Relaxed);
             let Ok(arrival) = self.inbox.recv() else { return false };
             self.status.progress();
             self.status.busy.store(true, Ordering::Relaxed);
             self.accept(arrival);
-        } else if self.parked {
+        } else if parked {
             match self.inbox.recv_timeout(PARKED_WAIT) {
                 Ok(arrival) => self.accept(arrival),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => std::thread::sleep(PARKED_WAIT),
             }
         }
+        self.take_in();
+        true
+    }
+
+    /// Tells readers what the step before gave, reports, and takes in what has arrived, for the step after `plan`.
+    fn meanwhile(&mut self, plan: &StepPlan) {
+        self.scheduler.tell();
+        self.telemetry.planned(plan);
+        self.report();
+        self.take_in();
+    }
+
+    fn take_in(&mut self) {
         while let Ok(arrival) = self.inbox.try_recv() {
             self.accept(arrival);
         }
-        true
     }
 
     fn accept(&mut self, Arrival { request, at }: Arrival) {
@@ -261,25 +300,6 @@ impl Engine {
                 let _ = reply.try_send(Event::Failed(error));
             }
         }
-    }
-
-    fn step(&mut self) {
-        let preemptions = self.scheduler.counters().preemptions;
-        let plan = self.scheduler.plan();
-        self.telemetry.planned(&plan);
-        self.report();
-        self.parked = plan.chunks.is_empty() && self.scheduler.counters().preemptions == preemptions;
-        if !plan.chunks.is_empty() {
-            match self.executor.execute(&plan) {
-                Ok(output) => {
-                    self.telemetry.executed(&plan, &output);
-                    self.scheduler.commit(&plan, output);
-                }
-                Err(error) => self.scheduler.fail(&plan, &error),
-            }
-            self.report();
-        }
-        self.status.progress();
     }
 
     fn report(&mut self) {
@@ -321,14 +341,15 @@ mod tests {
 
     use super::*;
     use crate::engine::request::{Finish, SamplingParams, ScoreRows, Task, TokenId};
-    use crate::engine::step::{Last, Outcome, StepOutput, StepPlan, Want};
+    use crate::engine::step::{Last, Outcome, StepOutput, Want};
 
     const LIMITS: Limits = Limits { step_tokens: 8, running_max: 2, waiting_max: 3, len_max: 1000 };
 
     struct Fake<F>(F);
 
     impl<F: FnMut(&StepPlan) -> Result<StepOutput> + Send> Executor for Fake<F> {
-        fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput> {
+        fn execute(&mut self, plan: &StepPlan, meanwhile: &mut dyn FnMut()) -> Result<StepOutput> {
+            meanwhile();
             (self.0)(plan)
         }
     }
@@ -401,6 +422,35 @@ mod tests {
         check_metric(&metrics, "eurus_reward_seconds_count{model=\"m\"} 1");
         check_metric(&metrics, "eurus_kv_blocks_used{model=\"m\"} 0");
         check_metric(&metrics, "eurus_kv_blocks_total{model=\"m\"} 16");
+    }
+
+    /// Looks at what its reader knows before and after the engine does what it has to.
+    struct Looking {
+        events: mpsc::Receiver<Event>,
+        seen: std::sync::mpsc::Sender<[Option<Event>; 2]>,
+    }
+
+    impl Executor for Looking {
+        fn execute(&mut self, plan: &StepPlan, meanwhile: &mut dyn FnMut()) -> Result<StepOutput> {
+            let before = self.events.try_recv().ok();
+            meanwhile();
+            let _ = self.seen.send([before, self.events.try_recv().ok()]);
+            answer(plan)
+        }
+    }
+
+    #[test]
+    fn readers_are_told_while_the_next_step_runs() {
+        let (request, events) = generate(10, 2, 8);
+        let (seen, looks) = channel();
+        let executor = Box::new(Looking { events, seen });
+        let (handle, thread) = Engine::start("m", LIMITS, 16, 4, executor, &Metrics::new().unwrap()).unwrap();
+        handle.submit(request).unwrap();
+        drop(handle);
+        thread.join().unwrap();
+        // Two steps for the prompt of 10 tokens.
+        let token = Event::Token { id: 10, logprob: None };
+        assert_eq!(looks.iter().collect::<Vec<_>>(), [[None, None], [None, None], [None, Some(token)]]);
     }
 
     #[test]

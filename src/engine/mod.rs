@@ -5,6 +5,7 @@ pub mod blocks;
 #[allow(clippy::module_inception)]
 pub mod engine;
 pub mod limits;
+mod outbox;
 pub mod request;
 pub mod scheduler;
 mod sequence;

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 
 use super::blocks::{BlockPool, BlockTable};
 use super::limits::Limits;
+use super::outbox::Outbox;
 use super::request::{Request, TokenId};
 use super::sequence::{Fate, Sequence};
 use super::step::{Last, Outcome, SequenceId, StepOutput, StepPlan};
@@ -46,6 +47,7 @@ pub struct Scheduler {
     arrival_count: u64,
     counters: Counters,
     ended: Vec<SequenceId>,
+    outbox: Outbox,
 }
 
 /// A plan in the making.
@@ -67,6 +69,7 @@ impl Scheduler {
             arrival_count: 0,
             counters: Counters::default(),
             ended: Vec::new(),
+            outbox: Outbox::default(),
         }
     }
 
@@ -99,7 +102,7 @@ impl Scheduler {
         draft.plan
     }
 
-    /// Takes in the results of `plan`, the last one made.
+    /// Takes in the results of `plan`, the last one made. Readers learn of them by [`Self::tell`].
     pub fn commit(&mut self, plan: &StepPlan, output: StepOutput) {
         if output.outcomes.len() != plan.chunks.len() {
             return self
@@ -109,7 +112,7 @@ impl Scheduler {
         for (chunk, outcome) in plan.chunks.iter().zip(output.outcomes) {
             let Some(index) = self.running_index(chunk.id) else { continue };
             self.count(index, &outcome);
-            match self.running[index].accept(chunk, outcome) {
+            match self.running[index].accept(chunk, outcome, &mut self.outbox) {
                 Fate::Continues => {}
                 Fate::Finished => {
                     let mut sequence = self.end(index);
@@ -129,18 +132,24 @@ impl Scheduler {
         for chunk in &plan.chunks {
             let Some(index) = self.running_index(chunk.id) else { continue };
             let mut sequence = self.end(index);
-            sequence.fail(error.clone());
+            sequence.fail(error.clone(), &mut self.outbox);
             self.pool.release(&mut sequence.table);
         }
+    }
+
+    /// Tells readers what came out of the steps so far. The next step may be planned before; their room counts as taken.
+    pub fn tell(&mut self) {
+        self.outbox.tell();
     }
 
     /// Everything fails; nothing is left. Readers are told first, in case the blocks are what is wrong.
     pub fn fail_all(&mut self, error: &Error) {
         let sequences: Vec<_> = self.running.drain(..).chain(self.waiting.drain(..)).collect();
         for sequence in &sequences {
-            sequence.fail(error.clone());
+            sequence.fail(error.clone(), &mut self.outbox);
             self.ended.push(sequence.id);
         }
+        self.tell();
         self.pool.forget_unproven();
         for mut sequence in sequences {
             self.pool.release(&mut sequence.table);
@@ -426,6 +435,7 @@ mod tests {
     fn step(scheduler: &mut Scheduler) -> StepPlan {
         let plan = scheduler.plan();
         scheduler.commit(&plan, answer(&plan));
+        scheduler.tell();
         scheduler.audit().unwrap();
         plan
     }
@@ -533,6 +543,7 @@ mod tests {
         let mut output = answer(&plan);
         output.outcomes[0].last = Last::Failed(Error::internal("not a number"));
         scheduler.commit(&plan, output);
+        scheduler.tell();
         scheduler.audit().unwrap();
         assert_eq!(drain(&mut bad), [Event::Failed(Error::internal("not a number"))]);
         assert_eq!(drain(&mut good).len(), 2);
@@ -555,6 +566,7 @@ mod tests {
             let mut output = answer(&plan);
             spoil(&mut output);
             scheduler.commit(&plan, output);
+            scheduler.tell();
             assert!(matches!(drain(&mut events)[..], [Event::Failed(Error::Internal(_))]));
             assert!(scheduler.is_idle() && scheduler.pool().used_count() == 0);
         }
@@ -571,6 +583,7 @@ mod tests {
             let scores = (chunk.start..chunk.start + chunk.tokens.len()).map(|position| position as f32).collect();
             let last = if chunk.want == Want::Score { Last::Score(9.0) } else { Last::Nothing };
             scheduler.commit(&plan, StepOutput { outcomes: vec![Outcome { logprobs: Vec::new(), scores, last }] });
+            scheduler.tell();
         }
         let usage = Usage { prompt_tokens: 10, ..Usage::default() };
         let all = (0..10).map(|position| position as f32).collect();

@@ -4,6 +4,7 @@
 use tokio::sync::mpsc::Sender;
 
 use super::blocks::BlockTable;
+use super::outbox::Outbox;
 use super::request::{Event, Finish, Request, SamplingParams, ScoreRows, Task, TokenId, TokenLogProb, Usage};
 use super::step::{Chunk, Draw, Last, Outcome, Rows, SequenceId, Want};
 use crate::error::{Error, Result};
@@ -33,9 +34,9 @@ pub(super) struct Sequence {
 pub(super) enum Fate {
     /// There is more to compute.
     Continues,
-    /// `Done` was sent.
+    /// `Done` is on its way.
     Finished,
-    /// `Failed` was sent.
+    /// `Failed` is on its way.
     Failed,
 }
 
@@ -143,9 +144,9 @@ impl Sequence {
         }
     }
 
-    /// Takes in what came out of `chunk` and tells the reader.
-    pub(super) fn accept(&mut self, chunk: &Chunk, outcome: Outcome) -> Fate {
-        match self.take_in(chunk, outcome) {
+    /// Takes in what came out of `chunk`, for the reader to be told.
+    pub(super) fn accept(&mut self, chunk: &Chunk, outcome: Outcome, outbox: &mut Outbox) -> Fate {
+        match self.take_in(chunk, outcome, outbox) {
             Ok(None) => Fate::Continues,
             Ok(Some(finish)) => {
                 let usage = Usage {
@@ -153,22 +154,22 @@ impl Sequence {
                     cached_tokens: self.cached.unwrap_or(0),
                     completion_tokens: self.tokens.len() - self.prompt_len,
                 };
-                self.send(Event::Done(finish, usage));
+                outbox.push(&self.reply, Event::Done(finish, usage));
                 Fate::Finished
             }
             Err(error) => {
-                self.fail(error);
+                self.fail(error, outbox);
                 Fate::Failed
             }
         }
     }
 
-    /// Tells the reader that this is over.
-    pub(super) fn fail(&self, error: Error) {
-        self.send(Event::Failed(error));
+    /// The reader is to be told that this is over.
+    pub(super) fn fail(&self, error: Error, outbox: &mut Outbox) {
+        outbox.push(&self.reply, Event::Failed(error));
     }
 
-    fn take_in(&mut self, chunk: &Chunk, outcome: Outcome) -> Result<Option<Finish>> {
+    fn take_in(&mut self, chunk: &Chunk, outcome: Outcome, outbox: &mut Outbox) -> Result<Option<Finish>> {
         let Outcome { logprobs, scores, last } = outcome;
         let expected = match &chunk.rows {
             Rows::Nothing => (0, 0),
@@ -187,28 +188,28 @@ impl Sequence {
         match (&chunk.want, last) {
             (Want::Nothing, Last::Nothing) if self.pending() > 0 => Ok(None),
             (Want::Nothing, Last::Nothing) => {
-                self.send_prompt();
+                self.push_prompt(outbox);
                 Ok(Some(Finish::Length))
             }
             (Want::Token(draw), Last::Token(id, logprob)) => {
-                self.send_prompt();
-                Ok(self.append(draw, id, logprob))
+                self.push_prompt(outbox);
+                outbox.push(&self.reply, Event::Token { id, logprob });
+                Ok(self.append(draw, id))
             }
             (Want::Score, Last::Score(score)) => {
                 if self.needs_rows() {
                     let scores = std::mem::take(&mut self.scores);
-                    self.send(Event::Scores(scores));
+                    outbox.push(&self.reply, Event::Scores(scores));
                 }
-                self.send(Event::Score(score));
+                outbox.push(&self.reply, Event::Score(score));
                 Ok(Some(Finish::Scored))
             }
             _ => Err(Error::internal("the executor answered something that was not asked for")),
         }
     }
 
-    fn append(&mut self, draw: &Draw, id: TokenId, logprob: Option<TokenLogProb>) -> Option<Finish> {
+    fn append(&mut self, draw: &Draw, id: TokenId) -> Option<Finish> {
         self.tokens.push(id);
-        self.send(Event::Token { id, logprob });
         let SamplingParams { stop_token_ids, min_tokens, max_tokens, .. } = &*draw.params;
         if stop_token_ids.contains(&id) && draw.generated_count >= *min_tokens {
             Some(Finish::Stop(id))
@@ -219,17 +220,12 @@ impl Sequence {
         }
     }
 
-    fn send_prompt(&mut self) {
+    fn push_prompt(&mut self, outbox: &mut Outbox) {
         if self.needs_rows() {
             self.prompt_sent = true;
             let logprobs = std::mem::take(&mut self.prompt_logprobs);
-            self.send(Event::Prompt(logprobs));
+            outbox.push(&self.reply, Event::Prompt(logprobs));
         }
-    }
-
-    /// Room was checked when the step was planned, so this fails only if nobody listens: the next plan drops the sequence.
-    fn send(&self, event: Event) {
-        let _ = self.reply.try_send(event);
     }
 }
 

@@ -121,6 +121,7 @@ pub enum Last {
 
 /// The only trait between scheduling and arithmetic.
 pub trait Executor: Send {
-    /// Runs one step. An error fails every sequence of the plan; the engine goes on.
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput>;
+    /// Runs one step. An error fails every sequence of the plan; the engine goes on. `meanwhile` is what the engine has to do that does
+    /// not depend on the step: called before anything is waited for, and where another device computes once that has its work.
+    fn execute(&mut self, plan: &StepPlan, meanwhile: &mut dyn FnMut()) -> Result<StepOutput>;
 }

@@ -74,7 +74,12 @@ impl Runner {
     }
 
     /// The outcomes of a step that is replayed; None if it has to be computed as any other.
-    fn replay(&mut self, plan: &StepPlan, batch: &mut ForwardBatch) -> Result<Option<StepOutput>> {
+    fn replay(
+        &mut self,
+        plan: &StepPlan,
+        batch: &mut ForwardBatch,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<Option<StepOutput>> {
         let Self { model, cache, replays: Some(replays) } = self else { return Ok(None) };
         let Head::Language(head) = &model.head else { return Ok(None) };
         if !batch.is_one_row_each() || batch.tokens.len() > HEAD_ROWS_MAX {
@@ -91,6 +96,7 @@ impl Runner {
         let words = replays.run(batch.integers(&rows, &draws), room, |inputs| {
             sample::draw(&head.apply(&forward(model, cache, inputs)?)?, &inputs.draws)
         })?;
+        meanwhile();
         let drawn = sample::read(&words, &draws)?.into_iter().take(plan.chunks.len());
         // What is wrong with a row that is no distribution is told by computing the step again, which changes nothing.
         let outcomes: Option<_> = drawn.map(|drawn| Some(Outcome { last: drawn_token(drawn?), ..nothing() })).collect();
@@ -124,15 +130,18 @@ impl Runner {
 }
 
 impl Executor for Runner {
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput> {
+    fn execute(&mut self, plan: &StepPlan, meanwhile: &mut dyn FnMut()) -> Result<StepOutput> {
         if plan.chunks.is_empty() {
             return Ok(StepOutput::default());
         }
         let bounds = Bounds::new(&self.model.config, &self.cache);
         let mut batch = ForwardBatch::new(plan, &bounds)?;
-        match self.replay(plan, &mut batch)? {
+        match self.replay(plan, &mut batch, meanwhile)? {
             Some(output) => Ok(output),
-            None => self.compute(plan, &batch),
+            None => {
+                meanwhile();
+                self.compute(plan, &batch)
+            }
         }
     }
 }
@@ -351,7 +360,7 @@ mod tests {
     }
 
     fn execute(runner: &mut Runner, chunks: &[Chunk]) -> Vec<Outcome> {
-        runner.execute(&StepPlan { chunks: chunks.to_vec() }).unwrap().outcomes
+        runner.execute(&StepPlan { chunks: chunks.to_vec() }, &mut || ()).unwrap().outcomes
     }
 
     #[track_caller]

@@ -100,7 +100,7 @@ pub(crate) fn draw(position: usize, params: SamplingParams) -> Want {
 }
 
 pub(crate) fn execute(runner: &mut Runner, chunks: Vec<Chunk>) -> Vec<Outcome> {
-    runner.execute(&StepPlan { chunks }).unwrap().outcomes
+    runner.execute(&StepPlan { chunks }, &mut || ()).unwrap().outcomes
 }
 
 /// The log-probabilities of the tokens of all prompts, then `steps` tokens of each, all sequences side by side.
@@ -302,7 +302,7 @@ fn a_step_without_memory_is_unavailable_and_the_next_one_is_not() {
     let track = tracks(&texts(1, 200), 60).remove(0);
     let step = |runner: &mut Runner| {
         let chunks = vec![track.chunk(0, Rows::Nothing, draw(200, SamplingParams::default()))];
-        runner.execute(&StepPlan { chunks })
+        runner.execute(&StepPlan { chunks }, &mut || ())
     };
     let expected = step(&mut runner).unwrap();
     let mut filled = Vec::new();

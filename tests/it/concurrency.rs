@@ -127,6 +127,7 @@ fn step(scheduler: &mut Scheduler) -> StepPlan {
     });
     let output = StepOutput { outcomes: outcomes.collect() };
     scheduler.commit(&plan, output);
+    scheduler.tell();
     plan
 }
 

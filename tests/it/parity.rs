@@ -112,7 +112,7 @@ fn greedy(position: usize) -> Want {
 }
 
 fn execute(runner: &mut Runner, chunks: Vec<Chunk>) -> Vec<Outcome> {
-    runner.execute(&StepPlan { chunks }).unwrap().outcomes
+    runner.execute(&StepPlan { chunks }, &mut || ()).unwrap().outcomes
 }
 
 /// Hidden states of all rows of `chunks`, `[T][hidden]`.

@@ -158,8 +158,9 @@ fn run(runner: &mut Runner, mix: &Mix) -> (Vec<Vec<Event>>, Counters) {
         }
         let plan = scheduler.plan();
         if !plan.chunks.is_empty() {
-            let output = runner.execute(&plan).unwrap();
+            let output = runner.execute(&plan, &mut || ()).unwrap();
             scheduler.commit(&plan, output);
+            scheduler.tell();
         }
         for (i, ask) in mix.asks.iter().enumerate().filter(|(_, ask)| step % ask.patience == 0) {
             listen(ask, &mut receivers[i], &mut events[i]);

@@ -254,6 +254,7 @@ impl Simulation {
         }
         self.check_order(&before, &plan, self.scheduler.counters().preemptions - preemptions)?;
         if plan.chunks.is_empty() {
+            self.scheduler.tell();
             return Ok(());
         }
         self.model.fail_step = self.failure_rarity > 0 && self.dice.one_in(self.failure_rarity);
@@ -268,9 +269,14 @@ impl Simulation {
         for chunk in &plan.chunks[failing] {
             self.client(chunk.id).fails = true;
         }
-        match self.model.execute(&plan) {
-            Ok(output) => self.scheduler.commit(&plan, output),
-            Err(error) => self.scheduler.fail(&plan, &error),
+        // As the engine does: what a step gave is told during the next one, or when there is none.
+        let Self { model, scheduler, .. } = self;
+        match model.execute(&plan, &mut || scheduler.tell()) {
+            Ok(output) => scheduler.commit(&plan, output),
+            Err(error) => scheduler.fail(&plan, &error),
+        }
+        if scheduler.is_idle() {
+            scheduler.tell();
         }
         self.model.fail_chunk = None;
         self.note_ended()?;
@@ -377,7 +383,8 @@ impl Client {
 
     /// Whether the reader has room for what a step may send.
     fn could_go_on(&self) -> bool {
-        let waits = self.receiver.as_ref().map_or(0, Receiver::len);
+        // With what is not told yet.
+        let waits = self.receiver.as_ref().map_or(0, |receiver| self.channel_len - receiver.capacity());
         let rows = match &self.task {
             Task::Generate(params) => params.prompt_logprobs.is_some() && self.got.is_empty() && waits == 0,
             Task::Score(rows) => *rows == ScoreRows::All,

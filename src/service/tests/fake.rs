@@ -119,7 +119,8 @@ impl Fake {
 }
 
 impl Executor for Fake {
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput> {
+    fn execute(&mut self, plan: &StepPlan, meanwhile: &mut dyn FnMut()) -> Result<StepOutput> {
+        meanwhile();
         self.gate.pass();
         plan.chunks.iter().for_each(|chunk| self.write(chunk));
         Ok(StepOutput { outcomes: plan.chunks.iter().map(|chunk| self.outcome(chunk)).collect() })

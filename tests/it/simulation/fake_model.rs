@@ -121,7 +121,8 @@ impl FakeModel {
 }
 
 impl Executor for FakeModel {
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput> {
+    fn execute(&mut self, plan: &StepPlan, meanwhile: &mut dyn FnMut()) -> Result<StepOutput> {
+        meanwhile();
         self.step += 1;
         for chunk in &plan.chunks {
             self.write(chunk);
