@@ -7,7 +7,7 @@ constexpr int KEY_WARPS = 4;
 constexpr int THREADS = WARP_LANES * KEY_WARPS;
 
 // Grid: splits, kv_heads * tiles of 16 query heads, sequences. q [S, q_stride], its first heads * head_dim elements;
-// tables [S, table_stride]; contexts [S]: positions with the new one, 0 for a row that fills up the batch.
+// tables [S, table_stride]; contexts [S]: positions with the new one, 0 for a row that sees nothing.
 // partial [S, heads, splits, head_dim] is not normalised; stats [S, heads, splits, 2]: maximum in units of log2, and sum.
 template <class T, int HEAD_DIM>
 __device__ __forceinline__ void decode_attention(float* partial, float* stats, const T* q, const T* k_cache, const T* v_cache,

@@ -51,8 +51,8 @@ part score-64 60 ./eurus bench serve --url http://127.0.0.1:8123 --work reward -
 kill %% 2>/dev/null
 
 if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
-    part memcheck 120 "$sanitizer" --tool memcheck ./device-tests ops:: --test-threads 1
-    part racecheck 120 "$sanitizer" --tool racecheck ./device-tests ops:: --test-threads 1
+    part memcheck 120 "$sanitizer" --tool memcheck ./device-tests ops:: replays:: --test-threads 1
+    part racecheck 120 "$sanitizer" --tool racecheck ./device-tests ops:: replays:: --test-threads 1
 else
     echo 'no compute-sanitizer here' | tee -a "$out/summary.txt"
 fi

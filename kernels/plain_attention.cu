@@ -6,8 +6,8 @@ constexpr int THREADS = 128;
 constexpr int HEADS = THREADS / WARP_LANES;
 constexpr int HEAD_DIM_MAX = 256;
 
-// Grid: splits, kv_heads * tiles of 4 query heads, rows. q [T, q_stride]; sequences [T]; positions [T], -1 for a row that fills up
-// the batch; tables [S, table_stride]. partial and stats as those of decode_attention, for rows.
+// Grid: splits, kv_heads * tiles of 4 query heads, rows. q [T, q_stride]; sequences [T]; positions [T], -1 for a row that sees
+// nothing; tables [S, table_stride]. partial and stats as those of decode_attention, for rows.
 template <class T>
 __device__ __forceinline__ void plain_attention(float* partial, float* stats, const T* q, const T* k_cache, const T* v_cache,
                                                 const uint32_t* tables, const uint32_t* sequences, const uint32_t* positions,

@@ -71,6 +71,7 @@ int context, event, module, pool, generator;
 int enqueue(void* stream, Work work) {
     Stream* const to = static_cast<Stream*>(stream);
     if (to == nullptr || to->graph == nullptr) return work();
+    if (to->spoiled) return CAPTURE_INVALIDATED;
     to->graph->works.push_back(std::move(work));
     return SUCCESS;
 }
@@ -255,7 +256,7 @@ int cuMemsetD8Async(uint64_t to, unsigned char byte, size_t bytes, void* stream)
         return std::memset(reinterpret_cast<void*>(to), byte, bytes), SUCCESS;
     });
 }
-// A graph would read or write the host's memory whenever it is launched: no graph of the server does.
+// A driver lets a graph read or write the host's memory whenever it is launched: no graph of the server may.
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void*) {
     const int status = unless_recording();
     return status ? status : copy(to, reinterpret_cast<uint64_t>(from), bytes, true, false);

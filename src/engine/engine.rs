@@ -238,14 +238,18 @@ impl Engine {
         let plan = desk.scheduler.plan();
         *parked = plan.chunks.is_empty() && desk.scheduler.counters().preemptions == preemptions;
         if plan.chunks.is_empty() {
-            desk.meanwhile(&plan);
+            desk.tell(&plan);
         } else {
             match executor.execute(&plan, &mut || desk.meanwhile(&plan)) {
                 Ok(output) => {
                     desk.telemetry.executed(&plan, &output);
                     desk.scheduler.commit(&plan, output);
                 }
-                Err(error) => desk.scheduler.fail(&plan, &error),
+                Err(error) => {
+                    // It may have failed before it came to that.
+                    desk.tell(&plan);
+                    desk.scheduler.fail(&plan, &error);
+                }
             }
             desk.report();
         }
@@ -276,10 +280,14 @@ impl Desk {
 
     /// Tells readers what the step before gave, reports, and takes in what has arrived, for the step after `plan`.
     fn meanwhile(&mut self, plan: &StepPlan) {
+        self.tell(plan);
+        self.take_in();
+    }
+
+    fn tell(&mut self, plan: &StepPlan) {
         self.scheduler.tell();
         self.telemetry.planned(plan);
         self.report();
-        self.take_in();
     }
 
     fn take_in(&mut self) {

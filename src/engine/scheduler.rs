@@ -126,7 +126,8 @@ impl Scheduler {
         }
     }
 
-    /// The step failed as a whole: so does every sequence of it, and nothing that it was to compute can be found.
+    /// The step failed as a whole: so does every sequence of it, and nothing that it was to compute can be found. Readers learn of it by
+    /// [`Self::tell`].
     pub fn fail(&mut self, plan: &StepPlan, error: &Error) {
         self.pool.forget_unproven();
         for chunk in &plan.chunks {

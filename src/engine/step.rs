@@ -122,6 +122,6 @@ pub enum Last {
 /// The only trait between scheduling and arithmetic.
 pub trait Executor: Send {
     /// Runs one step. An error fails every sequence of the plan; the engine goes on. `meanwhile` is what the engine has to do that does
-    /// not depend on the step: called before anything is waited for, and where another device computes once that has its work.
+    /// not depend on the step. It is called at least once, unless the step fails before: when a GPU has all of its work, or at first.
     fn execute(&mut self, plan: &StepPlan, meanwhile: &mut dyn FnMut()) -> Result<StepOutput>;
 }

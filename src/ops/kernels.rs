@@ -258,7 +258,7 @@ pub fn prefill_attention(dtype: DType, addresses: [u64; 8], tiles: usize, shape:
 }
 
 /// Any type and any even head size up to 256: `partial`, `stats` as [`decode_attention`] for rows, `q`, both caches, `tables`,
-/// `sequences` `[T]`, `positions` `[T]`, [`NONE`] for a row that fills up the batch.
+/// `sequences` `[T]`, `positions` `[T]`, [`NONE`] for a row that sees nothing.
 pub fn plain_attention(
     dtype: DType,
     addresses: [u64; 8],

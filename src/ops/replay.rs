@@ -27,7 +27,7 @@ pub struct Room {
 impl Room {
     /// The smallest room for `rows` rows and contexts of up to `context` positions.
     pub fn of(rows: usize, context: usize) -> Self {
-        // 1, 2, 4, 8, and two sizes to each power of two above: at most a third is empty.
+        // 1, 2, 4, 8, and two sizes to each power of two above.
         let step = (rows.next_power_of_two() / 4).max(1);
         let rows = if rows <= 8 { rows.next_power_of_two() } else { rows.next_multiple_of(step) };
         Self { rows, context: super::kernels::splits(context).next_power_of_two() * super::kernels::SPLIT_LEN }
@@ -52,7 +52,7 @@ enum Step {
     Seen(Tensor),
     /// Where its integers are read and where its result is written, each time.
     Recorded { words: Tensor, result: Tensor, graph: Graph },
-    /// Something about it cannot be recorded.
+    /// It could not be recorded, or there was no memory for it.
     Refused,
 }
 
@@ -111,7 +111,8 @@ mod recorded {
             work: impl Fn(&Inputs<'_>) -> Result<Tensor>,
         ) -> Result<Tensor> {
             let laid_out = LaidOut::new(&integers, self.heads, room.context);
-            let inputs = |laid_out| Inputs::of(integers, laid_out, &self.device);
+            let place = Device::Cuda(device.clone());
+            let inputs = |laid_out| Inputs::of(integers, laid_out, &place);
             if self.steps.len() >= STEPS_MAX && !self.steps.contains_key(&room) {
                 self.steps.clear();
             }
@@ -126,31 +127,42 @@ mod recorded {
                     let recorded = Graph::record(device, || {
                         result.inplace_op2(&work(&inputs).map_err(candle_core::Error::wrap)?, &CopyWords)
                     });
-                    match recorded {
+                    match recorded.and_then(|graph| graph.launch().map(|()| graph)) {
                         Ok(graph) => {
-                            graph.launch()?;
                             let words = inputs.words.clone();
                             self.steps.insert(room, Step::Recorded { words, result: result.clone(), graph });
                             self.replayed += 1;
                             Ok(result)
                         }
-                        Err(error) => {
-                            // Where this fails, too, it was not the recording.
-                            let result = work(&inputs)?;
-                            tracing::warn!("steps of {} rows are not recorded: {error}", room.rows);
-                            self.steps.insert(room, Step::Refused);
-                            Ok(result)
-                        }
+                        Err(error) => self.refuse(room, &error, || work(&inputs)),
                     }
                 }
                 Some(Step::Recorded { words, result, graph }) => {
                     words.inplace_op1(&Fill(&laid_out.words))?;
-                    graph.launch()?;
-                    self.replayed += 1;
-                    Ok(result.clone())
+                    match graph.launch() {
+                        Ok(()) => {
+                            self.replayed += 1;
+                            Ok(result.clone())
+                        }
+                        Err(error) => self.refuse(room, &error, || work(&inputs(laid_out)?)),
+                    }
                 }
                 Some(Step::Refused) => work(&inputs(laid_out)?),
             }
+        }
+
+        /// Steps of `room` are computed as any other from now on, if this one can be.
+        fn refuse(
+            &mut self,
+            room: Room,
+            error: &candle_core::Error,
+            work: impl FnOnce() -> Result<Tensor>,
+        ) -> Result<Tensor> {
+            self.steps.remove(&room);
+            let result = work()?;
+            tracing::warn!("steps of {} rows are not replayed: {error}", room.rows);
+            self.steps.insert(room, Step::Refused);
+            Ok(result)
         }
     }
 
@@ -203,6 +215,27 @@ mod recorded {
                 }
                 _ => candle_core::bail!("{}: {:?} over {:?}", self.name(), from_layout.dims(), to_layout.dims()),
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_no_smaller_than_what_is_needed_and_seldom_larger() {
+        let rows = |rows| Room::of(rows, 1).rows;
+        assert_eq!(
+            [1, 2, 3, 5, 8, 9, 13, 16, 17, 25, 33, 49, 65, 97, 256].map(rows),
+            [1, 2, 4, 8, 8, 12, 16, 16, 24, 32, 48, 64, 96, 128, 256]
+        );
+        let context = |context| Room::of(1, context).context;
+        assert_eq!([1, 256, 257, 512, 513, 1025, 32_768].map(context), [256, 256, 512, 512, 1024, 2048, 32_768]);
+        for (rows, length) in (1..=256).zip((1..).step_by(37)) {
+            let room = Room::of(rows, length);
+            assert!(room.rows >= rows && room.context >= length, "{rows}, {length}: {room:?}");
+            assert_eq!(Room::of(room.rows, room.context), room);
         }
     }
 }

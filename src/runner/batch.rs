@@ -105,7 +105,8 @@ impl ForwardBatch {
         self.tokens.len() == self.paged.contexts.len() && self.reads.len() == self.tokens.len()
     }
 
-    /// Adds sequences of one token, until there are `rows`, whose keys and values go nowhere. Of no chunk, so nobody reads them.
+    /// Adds sequences of one token, until there are `rows`, whose keys and values go nowhere. They see the cache's first slot, whatever
+    /// is there, and nobody reads what they give.
     pub fn fill_up(&mut self, rows: usize) {
         for row in self.tokens.len()..rows {
             self.tokens.push(0);

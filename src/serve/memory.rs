@@ -18,8 +18,9 @@ use crate::{
 const HOST_SHARE: f64 = 0.25;
 /// The caches of all models together, of a GPU's memory that weights and work leave.
 const GPU_SHARE: f64 = 0.9;
-/// On a GPU, beside what grows with the model: the kernels, the libraries' own buffers, and sums over parts of contexts.
-const GPU_WORK_BYTES: u64 = 512 << 20;
+/// On a GPU, beside what grows with the model: the kernels, the libraries' own buffers, sums over parts of contexts, and the memory of
+/// recorded steps, which have few rows.
+const GPU_WORK_BYTES: u64 = 768 << 20;
 /// Rows whose logits exist at once.
 const LOGITS_ROWS: u64 = 256;
 const GIB: f64 = (1u64 << 30) as f64;

@@ -66,7 +66,7 @@ fn without_memory_there_is_an_error_that_says_so() {
     assert!(matches!(&error, Error::Unavailable(text) if text.contains("no memory left")), "{error}");
 }
 
-/// What the host waits for or copies is refused while a stream records, and the stream goes on as if nothing had been.
+/// What waits for the device, and copies, are refused while a stream records, and the stream goes on as if nothing had been.
 #[test]
 fn what_cannot_be_recorded_is_an_error() {
     let Some(device) = emulator() else { return };
@@ -74,13 +74,19 @@ fn what_cannot_be_recorded_is_an_error() {
     let out = cuda::output(&device, DType::F32, 64).unwrap();
     let [out_address, address] = [&out, &x].map(|storage| cuda::base("test", storage).unwrap());
     let norm = kernels::rms_norm(DType::F32, [out_address, address, address], [1, 64], 0.0);
-    let read = |storage| cuda::download("test", storage, &Layout::contiguous(64)).unwrap();
-    let text = Graph::record(&device, || cuda::upload(&device, &[1]).map(drop)).unwrap_err().to_string();
-    assert!(text.contains("CAPTURE"), "{text}");
-    let text = Graph::record(&device, || candle_core::bail!("its own")).unwrap_err().to_string();
-    assert!(text.contains("its own"), "{text}");
+    let read = |storage| cuda::download("test", storage, &Layout::contiguous(64));
+    let refused = |part: &str, work: &dyn Fn() -> candle_core::Result<()>| {
+        // Dropped while the stream does not record any more what it is asked for.
+        let text = Graph::record(&device, || cuda::output(&device, DType::F32, 8).and_then(|_living| work()));
+        let text = text.unwrap_err().to_string();
+        assert!(text.contains(part), "{text}");
+    };
+    refused("CAPTURE_UNSUPPORTED", &|| device.synchronize());
+    refused("capture", &|| cuda::upload(&device, &[1]).map(drop));
+    refused("capture", &|| read(&x).map(drop));
+    refused("its own", &|| candle_core::bail!("its own"));
     let graph = Graph::record(&device, || cuda::launch(&device, &norm)).unwrap();
-    assert!(read(&out)[0].is_nan());
+    assert!(read(&out).unwrap()[0].is_nan());
     graph.launch().unwrap();
-    assert_eq!(read(&out), [3.0; 64]);
+    assert_eq!(read(&out).unwrap(), [3.0; 64]);
 }

@@ -284,17 +284,25 @@ fn a_sequence_is_alone_what_it_is_in_company() {
     }
 }
 
-/// A step that finds no memory is an error that says so, and the next one works. In a process of its own, whose device is small: other
-/// tests need their memory. A GPU's would be too much to fill.
+/// Whether this process has a device of 64 MiB, which the test `name` may fill: other tests need their memory, and a GPU's would be too
+/// much to fill. If not, the test has run in a process that has one.
+#[cfg(feature = "emulator")]
+pub(crate) fn in_small_process(name: &str) -> bool {
+    const SIZE: &str = "EURUS_EMULATOR_MIB";
+    if std::env::var_os(SIZE).is_some() {
+        return true;
+    }
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    let output = child.args(["--exact", name, "--nocapture"]).env(SIZE, "64").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    false
+}
+
+/// A step that finds no memory is an error that says so, and the next one works.
 #[cfg(feature = "emulator")]
 #[test]
 fn a_step_without_memory_is_unavailable_and_the_next_one_is_not() {
-    const SIZE: &str = "EURUS_EMULATOR_MIB";
-    if std::env::var_os(SIZE).is_none() {
-        let name = "models::a_step_without_memory_is_unavailable_and_the_next_one_is_not";
-        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
-        let output = child.args(["--exact", name, "--nocapture"]).env(SIZE, "64").output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    if !in_small_process("models::a_step_without_memory_is_unavailable_and_the_next_one_is_not") {
         return;
     }
     let device = eurus::device::open(eurus::device::Choice::Emulator).unwrap();

@@ -5,9 +5,11 @@ use std::collections::HashMap;
 use candle_core::{DType, Tensor};
 use eurus::device::Choice;
 use eurus::engine::request::{SamplingParams, TokenId};
-use eurus::engine::step::{Last, Outcome, Rows};
+use eurus::engine::step::{Executor, Last, Outcome, Rows, StepPlan};
 use eurus::runner::Runner;
 
+#[cfg(feature = "emulator")]
+use crate::models::in_small_process;
 use crate::models::{BLOCK_SIZE, Track, draw, execute, random, random_with, runner, texts, tracks};
 use crate::{choice, device};
 
@@ -38,7 +40,9 @@ fn decode(runner: &mut Runner, lens: &[usize], steps: usize, prompts: Prompts) -
             let start = if step == 0 && prompts == Prompts::Computed { 0 } else { end - 1 };
             track.chunk(start, Rows::Nothing, draw(end, params(id)))
         };
-        let outcomes = execute(runner, running.map(chunk).collect());
+        let (plan, mut told) = (StepPlan { chunks: running.map(chunk).collect() }, false);
+        let outcomes = runner.execute(&plan, &mut || told = true).unwrap().outcomes;
+        assert!(told);
         for (track, outcome) in tracks.iter_mut().zip(&outcomes) {
             let Last::Token(token, _) = outcome.last else { panic!("{outcome:?}") };
             track.tokens.push(token);
@@ -48,13 +52,13 @@ fn decode(runner: &mut Runner, lens: &[usize], steps: usize, prompts: Prompts) -
     history
 }
 
-/// The tokens of `histories`, and their log-probabilities: NaN where none was asked for.
-fn tokens_and_logprobs(history: &[Vec<Outcome>]) -> (Vec<TokenId>, Vec<f32>) {
+/// The tokens of one sequence, and their log-probabilities where they were asked for.
+fn of_sequence(history: &[Vec<Outcome>], sequence: usize) -> Vec<(TokenId, Option<f32>)> {
     let read = |outcome: &Outcome| match &outcome.last {
-        Last::Token(token, logprob) => (*token, logprob.as_ref().map_or(f32::NAN, |logprob| logprob.logprob)),
+        Last::Token(token, logprob) => (*token, logprob.as_ref().map(|logprob| logprob.logprob)),
         other => panic!("{other:?}"),
     };
-    history.iter().flatten().map(read).unzip()
+    history.iter().filter_map(|outcomes| outcomes.get(sequence)).map(read).collect()
 }
 
 /// Replays `steps` of decoding after prompts of `lens` tokens `count` times, and gives what computing all of them gives.
@@ -66,14 +70,17 @@ fn check(lens: &[usize], steps: usize, prompts: Prompts, count: u64) {
         let (mut replayed, mut computed) = (runner(), runner().without_replays());
         let [on, off] = [&mut replayed, &mut computed].map(|runner| decode(runner, lens, steps, prompts));
         assert_eq!((replayed.replayed(), computed.replayed()), (count, 0));
-        let ((tokens, logprobs), (expected, expected_logprobs)) = (tokens_and_logprobs(&on), tokens_and_logprobs(&off));
-        // A GPU's library adds up in another order where a batch is filled up.
-        if dtype == DType::F32 || choice() == Choice::Emulator {
-            assert_eq!(tokens, expected, "{dtype:?}");
-        }
-        for (found, expected) in logprobs.iter().zip(&expected_logprobs) {
-            assert_eq!(found.is_nan(), expected.is_nan());
-            assert!(found.is_nan() || (found - expected).abs() < most, "{dtype:?}: {found} instead of {expected}");
+        for sequence in 0..lens.len() {
+            let [on, off] = [&on, &off].map(|history| of_sequence(history, sequence));
+            for ((token, logprob), (expected, expected_logprob)) in on.into_iter().zip(off) {
+                // A GPU's library adds up in another order where a batch is filled up: in two bytes a sequence may go another way.
+                if token != expected && dtype != DType::F32 && choice() == Choice::Cuda {
+                    break;
+                }
+                assert_eq!((token, logprob.is_some()), (expected, expected_logprob.is_some()), "{dtype:?}, {sequence}");
+                let difference = logprob.unwrap_or(0.0) - expected_logprob.unwrap_or(0.0);
+                assert!(difference.abs() < most, "{dtype:?}, sequence {sequence}: differs by {difference}");
+            }
         }
     }
 }
@@ -119,5 +126,43 @@ fn a_row_of_a_replayed_step_that_is_no_distribution_fails_alone() {
     let [first, broken, third] = outcomes.as_slice() else { panic!("{outcomes:?}") };
     assert!(matches!(&broken.last, Last::Failed(error) if error.to_string().contains("NaN")), "{broken:?}");
     assert!([first, third].iter().all(|outcome| matches!(outcome.last, Last::Token(..))), "{outcomes:?}");
-    assert!(runner.replayed() >= 2);
+    // The last and two of the three before.
+    assert_eq!(runner.replayed(), 3);
+}
+
+/// It is computed as any other. In a process of its own, whose device is small.
+#[cfg(feature = "emulator")]
+#[test]
+fn a_step_that_finds_no_memory_to_be_recorded_is_not() {
+    const NAME: &str = "replays::a_step_that_finds_no_memory_to_be_recorded_is_not";
+    if !in_small_process(NAME) {
+        return;
+    }
+    let device = eurus::device::open(Choice::Emulator).unwrap();
+    let (mut runner, mut computed) = (runner(random(64, DType::F32, &device), 4), {
+        let runner = runner(random(64, DType::F32, &device), 4);
+        runner.without_replays()
+    });
+    let mut track = tracks(&texts(1, 20), 4).remove(0);
+    let mut step = |start: usize| {
+        let end = track.tokens.len();
+        let chunk = || vec![track.chunk(start, Rows::Nothing, draw(end, SamplingParams::default()))];
+        let [found, expected] = [&mut runner, &mut computed].map(|runner| execute(runner, chunk()).remove(0).last);
+        assert_eq!(found, expected);
+        track.tokens.push(5);
+        runner.replayed()
+    };
+    step(0);
+    step(20);
+    let mut filled = Vec::new();
+    for bytes in [1 << 20, 1 << 16, 1 << 12] {
+        while let Ok(tensor) = Tensor::zeros(bytes, DType::U8, &device) {
+            filled.push(tensor);
+        }
+    }
+    // A step needs some of this at a time, and all that it needs at times is more.
+    filled.truncate(filled.len() - 2);
+    assert_eq!(step(21), 0);
+    drop(filled);
+    assert_eq!(step(22), 0);
 }

@@ -36,7 +36,7 @@ pub struct Inputs<'a> {
     pub positions: Tensor,
     /// `[R]` u32.
     pub reads: Tensor,
-    /// `[R]`.
+    /// `[R]`, in `[8 R]` u32.
     pub draws: Draws<'a>,
     #[cfg(feature = "cuda")]
     pub(super) layout: super::device::Layout,

@@ -80,7 +80,7 @@ pub struct Drawn {
 #[derive(Debug, Clone)]
 pub struct Draws<'a> {
     rows: &'a [Option<Draw>],
-    /// `[8 R]` u32: what a GPU's kernel reads.
+    /// `[8 R]` u32: what a GPU's kernel reads, see [`kernels::Draw`].
     words: Tensor,
 }
 
@@ -120,11 +120,12 @@ impl<'a> Draws<'a> {
     }
 }
 
-/// What [`pick`] draws from each row of `logits` `[R, vocab]`, as words for [`read`]. Logits and words are on one device, and nothing
-/// waits for it.
+/// What [`pick`] draws from each row of `logits` `[R, vocab]`, as words for [`read`], u32. Logits and words are on one device, and
+/// nothing waits for it. A GPU trusts that filters are possible.
 ///
 /// # Errors
-/// If a tensor operation fails.
+/// If there are not as many draws as rows, on a GPU for a vocabulary of more than [`kernels::SAMPLE_VOCAB_MAX`], or if a tensor operation
+/// fails.
 pub fn draw(logits: &Tensor, draws: &Draws<'_>) -> Result<Tensor> {
     Ok(logits.apply_op2_no_bwd(&draws.words, &DrawRows { draws: draws.rows })?)
 }
@@ -132,11 +133,14 @@ pub fn draw(logits: &Tensor, draws: &Draws<'_>) -> Result<Tensor> {
 /// The tokens that [`draw`] left in `words` for `rows`. None for rows without a draw, and for those that are no distribution.
 ///
 /// # Errors
-/// With whatever went wrong before on the device.
+/// If the words are of another number of rows, and with whatever went wrong before on the device.
 pub fn read(words: &Tensor, rows: &[Option<Draw>]) -> Result<Vec<Option<Drawn>>> {
     let words: Vec<u32> = words.to_vec1()?;
+    let each = (words.len() / rows.len().max(1)).saturating_sub(1);
+    if words.len() != rows.len() * (1 + each) || (each == 0 && !rows.is_empty()) {
+        return Err(Error::Internal(format!("sample: {} words for {} draws", words.len(), rows.len())));
+    }
     let (tokens, numbers) = words.split_at(rows.len());
-    let each = numbers.len() / rows.len().max(1);
     let drawn = |row: usize| {
         let draw = rows[row].filter(|_| tokens[row] != kernels::NONE)?;
         let logprob = f32::from_bits(numbers[row * each]);
@@ -188,6 +192,9 @@ impl CustomOp2 for DrawRows<'_> {
         words_layout: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
         let (rows, vocab) = self.shape(layout, words_layout)?;
+        if vocab > kernels::SAMPLE_VOCAB_MAX {
+            candle_core::bail!("sample: {vocab} logits are more than the kernel takes");
+        }
         let (device, dtype) = (&logits.device, cuda::dtype("sample", logits)?);
         let out = cuda::output(device, DType::U32, 4 * rows)?;
         let (tokens, logits) = (cuda::base("sample", &out)?, cuda::address("sample", logits, layout, dtype)?);
