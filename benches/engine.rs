@@ -1,6 +1,8 @@
-//! What the host does between two steps: `cargo bench --bench engine`. A GPU waits for that long. Readers are told during the next step.
+//! What the host does between two steps, while a GPU waits: `cargo bench --features cuda --bench engine`, without which block tables are
+//! not laid out. Readers are told during the next step.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
+use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +14,7 @@ use eurus::engine::request::{Event, Request, SamplingParams, Task};
 use eurus::engine::scheduler::Scheduler;
 use eurus::engine::step::{Last, Outcome, StepOutput, StepPlan, Want};
 use eurus::ops::attention::inputs::Inputs;
+use eurus::ops::sample::{Draw, Filters};
 use eurus::runner::batch::{Bounds, ForwardBatch};
 use tokio::sync::mpsc::{Receiver, channel};
 
@@ -75,6 +78,8 @@ fn main() {
         });
         let (mut scheduler, _readers) = decoding(count);
         let plan = scheduler.plan();
+        let filters = Filters { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+        let draws = vec![Some(Draw { filters, seed: 1, counter: 2, logprob: false }); count];
         let bounds = Bounds {
             block_count: count * 128,
             block_size: BLOCK_SIZE,
@@ -87,7 +92,7 @@ fn main() {
                 for _ in 0..STEPS {
                     let batch = ForwardBatch::new(&plan, &bounds).unwrap();
                     let rows: Vec<u32> = (0..count as u32).collect();
-                    std::hint::black_box(Inputs::new(batch.integers(&rows, &[]), [32, 8], &Device::Cpu).unwrap());
+                    black_box(Inputs::new(batch.integers(&rows, &draws), [32, 8], &Device::Cpu).unwrap());
                 }
             })
         });
