@@ -224,14 +224,7 @@ impl Bench {
             table[position / BLOCK_SIZE] * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32
         };
         let slots: Vec<u32> = (0..rows).map(slot).collect();
-        let integers = Integers {
-            tokens: &positions,
-            positions: &positions,
-            slots: &slots,
-            reads: &[],
-            draws: &[],
-            paged: &paged,
-        };
+        let integers = Integers::unread(&positions, &slots, &paged);
         let inputs = Inputs::new(integers, [heads, kv_heads], &self.device)?;
         let angles = RopeTable::new(head_dim, 1e4, context, &self.device)?;
         let turn = Turn { positions: &inputs.positions, table: &angles, heads: [heads, kv_heads] };

@@ -87,8 +87,8 @@ impl Replays {
         work: impl Fn(&Inputs<'_>) -> Result<Tensor>,
     ) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
-        if let Device::Cuda(device) = self.device.clone() {
-            return self.run_on(&device, integers, room, work);
+        if self.device.is_cuda() {
+            return self.run_on(integers, room, work);
         }
         let _ = room;
         work(&Inputs::new(integers, self.heads, &self.device)?)
@@ -98,21 +98,20 @@ impl Replays {
 #[cfg(feature = "cuda")]
 mod recorded {
     use candle_core::cuda_backend::CudaStorageSlice;
-    use candle_core::{CpuStorage, CudaDevice, CudaStorage, InplaceOp1, InplaceOp2, Layout};
+    use candle_core::{CpuStorage, CudaStorage, InplaceOp1, InplaceOp2, Layout};
 
     use super::*;
 
     impl Replays {
         pub(super) fn run_on(
             &mut self,
-            device: &CudaDevice,
             integers: Integers<'_>,
             room: Room,
             work: impl Fn(&Inputs<'_>) -> Result<Tensor>,
         ) -> Result<Tensor> {
             let laid_out = LaidOut::new(&integers, self.heads, room.context);
-            let place = Device::Cuda(device.clone());
-            let inputs = |laid_out| Inputs::of(integers, laid_out, &place);
+            let device = self.device.clone();
+            let inputs = |laid_out| Inputs::of(integers, laid_out, &device);
             if self.steps.len() >= STEPS_MAX && !self.steps.contains_key(&room) {
                 self.steps.clear();
             }
@@ -124,7 +123,7 @@ mod recorded {
                 }
                 Some(Step::Seen(result)) => {
                     let (result, inputs) = (result.clone(), inputs(laid_out)?);
-                    let recorded = Graph::record(device, || {
+                    let recorded = Graph::record(device.as_cuda_device()?, || {
                         result.inplace_op2(&work(&inputs).map_err(candle_core::Error::wrap)?, &CopyWords)
                     });
                     match recorded.and_then(|graph| graph.launch().map(|()| graph)) {

@@ -12,7 +12,6 @@ use crate::engine::request::{TokenId, TokenLogProb};
 use crate::engine::step::{Chunk, Executor, Last, Outcome, Rows, StepOutput, StepPlan, Want};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::model::config::HeadKind;
 use crate::model::heads::{Head, RewardHead};
 use crate::ops::attention::inputs::Inputs;
 use crate::ops::embed::select;
@@ -38,9 +37,9 @@ impl Runner {
     /// Runs `model` over `cache`; both live on one device. Where that is a GPU, steps of decoding are recorded and replayed.
     pub fn new(model: Model, cache: KvCache) -> Self {
         let Model { config, decoder, .. } = &model;
+        let replays = Replays::new([config.heads, config.kv_heads], decoder.place().device());
         // Which experts compute a row is decided on the host.
-        let possible = config.head == HeadKind::Language && config.experts.is_none();
-        let replays = Replays::new([config.heads, config.kv_heads], decoder.place().device()).filter(|_| possible);
+        let replays = replays.filter(|_| config.experts.is_none());
         Self { model, cache, replays }
     }
 

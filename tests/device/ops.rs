@@ -168,14 +168,7 @@ impl Step {
         let blocks = batch.tables.iter().map(Vec::len).sum::<usize>() + 1;
         let qkv = numbers(1, &[rows, (heads + 2 * kv_heads) * self.head_dim], 1.0, dtype);
         let caches = [2, 3].map(|seed| numbers(seed, &[blocks, kv_heads, self.block_size, self.head_dim], 1.0, dtype));
-        let integers = Integers {
-            tokens: &positions,
-            positions: &positions,
-            slots: &slots,
-            reads: &[],
-            draws: &[],
-            paged: &batch,
-        };
+        let integers = Integers::unread(&positions, &slots, &batch);
         let run = |device: &Device, place: &dyn Fn(&Tensor) -> Tensor| {
             let table = RopeTable::new(self.head_dim, 1e4, 2000, device).unwrap();
             let inputs = Inputs::new(integers, self.heads, device).unwrap();
@@ -241,8 +234,7 @@ fn a_step_that_does_not_fit_its_cache_is_an_error() {
     let table = RopeTable::new(64, 1e4, 7, &device).unwrap();
     let attend = |slots: &[u32], batch: &PagedBatch, blocks: usize| {
         let positions: Vec<u32> = positions.iter().map(|position| position - 2).collect();
-        let integers =
-            Integers { tokens: &positions, positions: &positions, slots, reads: &[], draws: &[], paged: batch };
+        let integers = Integers::unread(&positions, slots, batch);
         let inputs = Inputs::new(integers, [2, 1], &device).unwrap();
         let turn = Turn { positions: &inputs.positions, table: &table, heads: [2, 1] };
         let qkv = numbers(1, &[2, 4 * 64], 1.0, DType::BF16).to_device(&device).unwrap();

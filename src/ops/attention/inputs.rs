@@ -25,6 +25,13 @@ pub struct Integers<'a> {
     pub paged: &'a PagedBatch,
 }
 
+impl<'a> Integers<'a> {
+    /// Those of rows that attend and that nobody reads, for attention alone: their tokens are their positions.
+    pub fn unread(positions: &'a [u32], slots: &'a [u32], paged: &'a PagedBatch) -> Self {
+        Self { tokens: positions, positions, slots, reads: &[], draws: &[], paged }
+    }
+}
+
 /// [`Integers`] where operations read them.
 #[derive(Debug)]
 pub struct Inputs<'a> {
