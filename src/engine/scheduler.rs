@@ -88,8 +88,9 @@ impl Scheduler {
         Ok(id)
     }
 
-    /// What to compute next. Every plan is answered by [`Self::commit`] or [`Self::fail`] before the next one. An empty
-    /// plan needs no answer; it means that every sequence waits for its reader, or that preemption made room for the next.
+    /// What to compute next. Every plan is answered by [`Self::commit`] or [`Self::fail`] before the next one; requests may be added
+    /// in between. An empty plan needs no answer; it means that every sequence waits for its reader, or that preemption made room for
+    /// the next.
     pub fn plan(&mut self) -> StepPlan {
         self.ended.clear();
         self.drop_cancelled();

@@ -166,7 +166,9 @@ fn run_seed(seed: u64) -> Result<Tally, String> {
         if simulation.step > step_max {
             return Err(format!("no end after {step_max} steps"));
         }
-        simulation.arrive()?;
+        if !simulation.takes_in_late() {
+            simulation.arrive()?;
+        }
         simulation.advance().map_err(|problem| format!("step {}: {problem}", simulation.step))?;
         simulation.read();
         simulation.step += 1;
@@ -204,6 +206,11 @@ impl Simulation {
             admitted_before: false,
             tally: Tally::default(),
         }
+    }
+
+    /// Whether requests come in while this step runs, as they do in every other one.
+    fn takes_in_late(&self) -> bool {
+        !self.step.is_multiple_of(2)
     }
 
     /// Submits what is due; a full queue is tried again in the next step.
@@ -255,7 +262,7 @@ impl Simulation {
         self.check_order(&before, &plan, self.scheduler.counters().preemptions - preemptions)?;
         if plan.chunks.is_empty() {
             self.scheduler.tell();
-            return Ok(());
+            return if self.takes_in_late() { self.arrive() } else { Ok(()) };
         }
         self.model.fail_step = self.failure_rarity > 0 && self.dice.one_in(self.failure_rarity);
         if self.failure_rarity > 0 && self.dice.one_in(self.failure_rarity) {
@@ -268,6 +275,9 @@ impl Simulation {
         };
         for chunk in &plan.chunks[failing] {
             self.client(chunk.id).fails = true;
+        }
+        if self.takes_in_late() {
+            self.arrive()?;
         }
         // As the engine does: what a step gave is told during the next one, or when there is none.
         let Self { model, scheduler, .. } = self;
