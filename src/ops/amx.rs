@@ -23,6 +23,16 @@ pub(super) const CACHE_BYTES: usize = 1 << 20;
 /// Bytes of a panel that one step reads: sixteen pairs of 64 columns.
 const STEP_BYTES: usize = PAIRS * COLUMNS * 4;
 
+/// Parts of bf16 that a number of float32 is cut into.
+pub(super) const PARTS: usize = 3;
+/// Rows and columns of a product of such numbers: two registers each way.
+pub(super) const SQUARE: usize = 2 * ROWS;
+
+/// Sixteen pairs of bf16, a row of a register.
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+pub(super) struct Vector(pub(super) [u32; PAIRS]);
+
 /// Proof that this processor has the unit and that the system lets this process use it.
 #[derive(Clone, Copy)]
 pub(super) struct Amx(());
@@ -278,6 +288,79 @@ impl Registers {
                 to = in(reg) to, below = in(reg) to.add(ROWS * across), across = in(reg) 4 * across,
                 options(nostack, preserves_flags)
             );
+        }
+    }
+
+    /// A square of a product of float32, cut into parts, the largest first: `left` `[steps, PARTS, 32 rows]` and `right` `[steps, PARTS, 2,
+    /// 16]`, both vectors of sixteen pairs along k, the latter of one pair in sixteen columns. To `out`: of the products of parts the six
+    /// largest, for every step of 32 numbers in the order in which operands stay in the registers longest.
+    pub(super) fn multiply_parts(&self, left: &[Vector], right: &[Vector], out: &Target<'_>) {
+        const LEN: usize = PARTS * SQUARE;
+        assert!(self.rows == ROWS && self.bytes == 4 * PAIRS && [out.rows, out.width] == [SQUARE; 2]);
+        assert!(left.len() == right.len() && left.len().is_multiple_of(LEN));
+        // SAFETY: the operands have these sizes, which are checked above, and the target is to be written; the compiler uses none of the
+        // registers.
+        unsafe {
+            let (to, below, across) = (out.start, out.start.add(ROWS * out.across), 4 * out.across);
+            zero();
+            for (a, b) in left.chunks_exact(LEN).zip(right.chunks_exact(LEN)) {
+                asm!(
+                    // The largest part of the left, the smallest of the right.
+                    "tileloadd tmm4, [{a} + {line}]",
+                    "tileloadd tmm6, [{b} + {line} + 4096]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b} + {line} + 5120]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{a} + {line} + 1024]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    // The largest, the middle one.
+                    "tileloadd tmm6, [{b} + {line} + 2048]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b} + {line} + 3072]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    // Both middle ones.
+                    "tileloadd tmm4, [{a} + {line} + 2048]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{a} + {line} + 3072]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    // The middle one, the largest.
+                    "tileloadd tmm6, [{b} + {line}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b} + {line} + 1024]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    // The smallest, the largest.
+                    "tileloadd tmm4, [{a} + {line} + 4096]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{a} + {line} + 5120]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    // Both largest ones.
+                    "tileloadd tmm4, [{a} + {line}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{a} + {line} + 1024]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    a = in(reg) a.as_ptr(), b = in(reg) b.as_ptr(), line = in(reg) 4 * PAIRS,
+                    options(readonly, nostack, preserves_flags)
+                );
+            }
+            asm!(
+                            "tilestored [{to} + {across}], tmm0",
+                            "tilestored [{to} + {across} + 64], tmm1",
+                            "tilestored [{below} + {across}], tmm2",
+                            "tilestored [{below} + {across} + 64], tmm3",
+            to = in(reg) to, below = in(reg) below, across = in(reg) across,
+                            options(nostack, preserves_flags)
+                        );
         }
     }
 

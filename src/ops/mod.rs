@@ -2,7 +2,7 @@
 //! The only place, with `device`, that may tell a CPU from a GPU.
 //! Nothing is recorded for candle's own differentiation: where an operation has a gradient, a function beside it computes it.
 //! On a CPU every row of every result has the same bits whatever else is in the batch and whatever the processor or the number of
-//! threads; products in bf16 alone are the same only on processors with the same instructions.
+//! threads; products in bf16 alone, and the gradients of layers, are the same only on processors with the same instructions.
 
 pub mod accumulate;
 pub mod adamw;

@@ -9,6 +9,16 @@ pub(super) const ROWS: usize = 16;
 pub(super) const PAIRS: usize = 16;
 /// See `amx.rs`.
 pub(super) const CACHE_BYTES: usize = 1 << 20;
+/// See `amx.rs`.
+pub(super) const PARTS: usize = 3;
+/// See `amx.rs`.
+pub(super) const SQUARE: usize = 2 * ROWS;
+
+/// See `amx.rs`.
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+#[allow(dead_code)]
+pub(super) struct Vector(pub(super) [u32; PAIRS]);
 
 /// There is no processor like this.
 #[derive(Clone, Copy)]
@@ -41,6 +51,10 @@ impl Amx {
 
 impl Registers {
     pub(super) fn multiply_bf16<P>(&self, _: &[u32], _: &[P], _: &Target<'_>, _: Hints<'_>) {
+        match *self {}
+    }
+
+    pub(super) fn multiply_parts(&self, _: &[Vector], _: &[Vector], _: &Target<'_>) {
         match *self {}
     }
 

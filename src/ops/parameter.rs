@@ -7,7 +7,8 @@ use candle_core::{DType, Device, Tensor};
 /// How the products of a weight are computed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Precision {
-    /// In float32: the same bits on every processor, in training and in serving.
+    /// In float32: the same bits on every processor, in training and in serving. Gradients are as exact, but have bits of their own where
+    /// the processor's matrix unit computes them.
     #[default]
     F32,
     /// Both operands rounded to bf16, sums in float32: at least twice as fast where the processor has it.

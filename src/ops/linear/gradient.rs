@@ -3,8 +3,9 @@
 use super::blocks::Sizes;
 use super::brain::{self, Left, Right};
 use super::float;
+use super::split::Split;
 use crate::error::Result;
-use crate::ops::lanes::Body;
+use crate::ops::lanes::{Body, Element};
 use crate::ops::parameter::{Parameter, Precision};
 use crate::ops::storage::{Weights, slice, slice_mut};
 use candle_core::{CpuStorage, CustomOp2, InplaceOp3, Layout, Shape, Tensor};
@@ -45,14 +46,22 @@ impl CustomOp2 for OfInput {
         let sizes = Sizes { rows, columns, k };
         let weight = Weights::new(self.name(), weight, weight_layout)?;
         let dx = match (self.precision, weight) {
-            (Precision::F32, Weights::F32(weight)) => float::outer_product(self.body, dy, weight, sizes),
-            (Precision::F32, Weights::Bf16(weight)) => float::outer_product(self.body, dy, weight, sizes),
-            (Precision::F32, Weights::F16(weight)) => float::outer_product(self.body, dy, weight, sizes),
+            (Precision::F32, Weights::F32(weight)) => product(self.body, dy, weight, sizes),
+            (Precision::F32, Weights::Bf16(weight)) => product(self.body, dy, weight, sizes),
+            (Precision::F32, Weights::F16(weight)) => product(self.body, dy, weight, sizes),
             (Precision::Bf16, weight) => {
                 brain::product(self.body, Left::Rows(dy), Right::Rows(&weight.widened()), sizes)
             }
         };
         Ok((CpuStorage::F32(dx), Shape::from((rows, columns))))
+    }
+}
+
+/// `dy` `[rows, k]` times `weight` `[k, columns]` in float32.
+fn product<E: Element>(body: Body, dy: &[f32], weight: &[E], sizes: Sizes) -> Vec<f32> {
+    match Split::detect() {
+        Some(split) => split.product(Left::Rows(dy), weight, sizes),
+        None => float::outer_product(body, dy, weight, sizes),
     }
 }
 
@@ -87,7 +96,10 @@ impl InplaceOp3 for OfWeight {
         let gradient = slice_mut(self.name(), gradient, layout)?;
         let sizes = Sizes { rows, columns, k };
         match self.precision {
-            Precision::F32 => float::add_outer_product(self.body, gradient, dy, x, sizes),
+            Precision::F32 => match Split::detect() {
+                Some(split) => split.add_product(gradient, Left::Columns(dy), x, sizes),
+                None => float::add_outer_product(self.body, gradient, dy, x, sizes),
+            },
             Precision::Bf16 => {
                 brain::add_product(self.body, gradient, Left::Columns(dy), Right::Rows(x), sizes);
             }

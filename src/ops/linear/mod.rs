@@ -25,7 +25,10 @@ mod pairs;
 #[cfg(not(target_arch = "x86_64"))]
 #[path = "no_pairs.rs"]
 mod pairs;
+#[cfg(target_arch = "x86_64")]
+mod parts;
 pub(super) mod small;
+mod split;
 
 use adapter::Adapter;
 use blocks::Sizes;

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use super::blocks::{Line, Multiply, Product, Sizes, Turn, VECTORS, WIDTH};
 use super::brain::{Left, Right};
-use crate::ops::lanes::LANES;
+use crate::ops::amx::Vector;
+use crate::ops::lanes::{Element, LANES};
 
 /// See `pairs.rs`.
 pub(super) type Pair = u32;
@@ -43,6 +44,18 @@ impl Pairs {
     }
 
     pub(super) fn pack(self, _: Right<'_>, _: Sizes, _: usize, _: &mut [Line<Pair>]) {
+        match self {}
+    }
+
+    pub(super) fn add(self, _: &[f32], _: &mut [f32]) {
+        match self {}
+    }
+
+    pub(super) fn cut_left(self, _: Left<'_>, _: Sizes, _: Range<usize>, _: Range<usize>, _: &mut [Vector]) {
+        match self {}
+    }
+
+    pub(super) fn cut_right<E: Element>(self, _: &[E], _: usize, _: Range<usize>, _: &mut [Vector]) {
         match self {}
     }
 

@@ -100,6 +100,11 @@ impl Pairs {
         unsafe { dots(x, panel) }
     }
 
+    /// Its other instructions.
+    pub(super) fn isa(self) -> Avx512 {
+        self.0
+    }
+
     /// Sixteen rows, or fewer, of aT for `a` `[k, rows]`, from `first` on.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn turn_rows(self, a: &[f32], rows: usize, first: usize, height: usize, out: &mut [Pair]) {
