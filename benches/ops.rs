@@ -6,8 +6,9 @@ use candle_core::{DType, Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use eurus::ops::attention::{PagedBatch, paged_attention};
 use eurus::ops::linear::Linear;
+use eurus::ops::memory::set_up;
 use eurus::ops::parallel::set_threads;
-use eurus::ops::parameter::Precision;
+use eurus::ops::parameter::{Parameter, Precision};
 use eurus::ops::rms_norm::rms_norm;
 use eurus::ops::sample::{Filters, pick, uniform};
 use std::hint::black_box;
@@ -40,6 +41,25 @@ fn linear(criterion: &mut Criterion) {
                     let id = BenchmarkId::new(format!("{rows} rows"), format!("{threads} threads"));
                     runs.bench_function(id, |b| b.iter(|| layer.next().map(|l| black_box(l.forward(&x).unwrap()))));
                 }
+            }
+        }
+    }
+}
+
+/// Both gradients of a layer, as training takes them.
+fn gradients(criterion: &mut Criterion) {
+    let rows = 2048;
+    for (k, columns) in [(384, 384), (384, 2048), (1024, 384)] {
+        let (x, dy, weight) = (random((rows, k)), random((rows, columns)), random((columns, k)));
+        let mut runs = criterion.benchmark_group(format!("gradients {k}x{columns}"));
+        runs.throughput(Throughput::Elements(4 * (rows * k * columns) as u64));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let weight = Parameter::trained(&weight).unwrap().computed_in(precision);
+            let layer = Linear::dense(weight).unwrap();
+            for threads in [1, 2] {
+                set_threads(threads);
+                let id = BenchmarkId::new(format!("{precision:?}"), format!("{threads} threads"));
+                runs.bench_function(id, |b| b.iter(|| black_box(layer.backward(&x, &dy).unwrap())));
             }
         }
     }
@@ -109,6 +129,7 @@ fn sampling(criterion: &mut Criterion) {
 }
 
 fn main() {
+    set_up();
     let mut criterion = Criterion::default()
         .sample_size(20)
         .warm_up_time(Duration::from_millis(300))
@@ -116,6 +137,7 @@ fn main() {
         .without_plots()
         .configure_from_args();
     linear(&mut criterion);
+    gradients(&mut criterion);
     attention(&mut criterion);
     norms(&mut criterion);
     sampling(&mut criterion);

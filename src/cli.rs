@@ -23,6 +23,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::{
     config::{LogConfig, LogFormat},
     error::{Error, Result},
+    ops::memory,
 };
 
 /// Serves policies and reward models.
@@ -67,6 +68,7 @@ enum Command {
 
 /// Parses the process's arguments and runs what they ask for.
 pub fn run() -> ExitCode {
+    memory::set_up();
     let matches = table::for_parsing(command()).get_matches();
     let outcome = Cli::from_arg_matches(&matches).map_err(|error| error.exit()).and_then(|cli| match cli.command {
         Command::Serve(args) => serve::run(&args),

@@ -21,7 +21,7 @@ use crate::{
         listen::{self, Drained, Lifecycle, ListenOptions},
     },
     metrics::Metrics,
-    ops::parallel,
+    ops::{memory::give_back, parallel},
     service::{Kind, ServedModel, Service, ServiceLimits},
 };
 
@@ -144,6 +144,7 @@ fn load_all(config: &Config, metrics: &Metrics) -> Result<Loaded> {
         loaded.engines.push((model.name.clone(), engine));
         loaded.models.push(model);
     }
+    give_back();
     Ok(loaded)
 }
 

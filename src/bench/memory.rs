@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::ops::{memory::prefer_huge_pages, parallel};
+use crate::ops::parallel;
 
 /// What a thread reads side by side: several streams keep more requests to memory under way.
 const STREAMS: usize = 4;
@@ -56,7 +56,6 @@ pub fn run(options: &Options) -> Result<Report> {
     let words = (options.mib as usize) << 17;
     let mut buffer: Vec<u64> = Vec::new();
     buffer.try_reserve_exact(words).map_err(|error| Error::internal(format!("{} MiB: {error}", options.mib)))?;
-    prefer_huge_pages(&mut buffer);
     // Written, or every page would be the same one of zeros.
     buffer.extend((0..words as u64).map(|word| word | 1));
     let part = words.div_ceil(threads);

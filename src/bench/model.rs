@@ -14,7 +14,7 @@ use crate::engine::step::{BlockId, Chunk, Draw, Executor, Rows, SequenceId, Step
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::config::HeadKind;
-use crate::ops::{memory, parallel};
+use crate::ops::parallel;
 use crate::runner::{Runner, kv_cache::KvCache};
 use crate::serve::host_cache_dtype;
 
@@ -106,7 +106,6 @@ pub fn run(options: &Options, mut model: Model) -> Result<Report> {
         let message = "no weight of this model can be multiplied in bf16 on this processor";
         return Err(Error::invalid("--bf16", message));
     }
-    memory::keep_freed();
     let config = model.config.clone();
     let longest = options.prefill.max(options.context + options.steps) as usize;
     if longest > config.positions_max {

@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::config::HeadKind;
 use crate::model::tape::Keep;
+use crate::ops::parallel;
 use crate::ops::parameter::Precision;
-use crate::ops::{memory, parallel};
 use crate::train::example::{Example, Text};
 use crate::train::learner::Learner;
 use crate::train::optimizer::{AdamWOptions, Optimizer};
@@ -83,7 +83,6 @@ pub fn run(options: &Options, mut model: Model) -> Result<Report> {
         let most = model.config.positions_max;
         return Err(Error::invalid("--length", format!("{} is more than the model's {most}", options.length)));
     }
-    memory::keep_freed();
     model.train()?;
     model.compute_in(if options.bf16 { Precision::Bf16 } else { Precision::F32 });
     let keep = if options.recompute { Keep::Inputs } else { Keep::Everything };

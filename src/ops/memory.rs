@@ -1,19 +1,32 @@
-//! What the system is told of memory: how freed blocks are kept or given back, and where pages should be large. Steps ask for the same
-//! large blocks again and again: where the C library gives them back to the system in between, every page costs a fault each time, up
-//! to a sixth of the time of a small model.
+//! What the system is told of memory: how freed blocks are kept or given back, where pages should be large, and what need not be there yet.
 
-/// Keeps what is freed for the next step, as far as the C library can be told: blocks of up to 32 MiB, the most that glibc takes.
-pub fn keep_freed() {
+/// Sets the C library up for this program, before anything large is allocated and before there are threads. Steps ask for the same large
+/// blocks again and again: where they are given back in between, every page costs a fault each time, up to a sixth of the time of a small
+/// model. So they are kept as far as glibc can be told, up to 32 MiB, and in one place for all threads, where they lie together.
+pub fn set_up() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
-        const BLOCK_BYTES_MAX: libc::c_int = 32 << 20;
         // SAFETY: mallopt only sets parameters of the allocator, and may be called at any time. A refusal changes nothing.
         #[allow(unsafe_code)]
         unsafe {
-            libc::mallopt(libc::M_MMAP_THRESHOLD, BLOCK_BYTES_MAX);
+            libc::mallopt(libc::M_ARENA_MAX, 1);
+            libc::mallopt(libc::M_MMAP_THRESHOLD, KEPT_BYTES_MAX);
             libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+            libc::mallopt(libc::M_TOP_PAD, lines::SPARE_BYTES as libc::c_int);
         }
     }
+}
+
+/// The most that glibc takes.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const KEPT_BYTES_MAX: libc::c_int = 32 << 20;
+
+/// What `make` makes, the zeros of this thread among it apart from other blocks: they take no memory before they are written, as those of a
+/// cache that may never be full.
+pub fn apart<T>(make: impl FnOnce() -> T) -> T {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    let _apart = lines::Apart::new();
+    make()
 }
 
 /// Gives what is free back to the system: reading a checkpoint and its tokenizer takes memory that nothing asks for again.
@@ -28,34 +41,18 @@ pub fn give_back() {
     }
 }
 
-/// Asks for huge pages for the room of `buffer`, which should be empty still: reading on across ordinary ones costs a walk through
-/// the page table every 4 KiB, a third of the rate of one stream. Only a wish: nothing fails where the system has none.
-pub fn prefer_huge_pages<T>(buffer: &mut Vec<T>) {
-    #[cfg(target_os = "linux")]
-    {
-        const PAGE_BYTES: usize = 2 << 20;
-        let room = buffer.spare_capacity_mut().as_mut_ptr_range();
-        let start = room.start.addr().next_multiple_of(PAGE_BYTES);
-        let len = room.end.addr().saturating_sub(start) / PAGE_BYTES * PAGE_BYTES;
-        if len > 0 {
-            // SAFETY: whole pages inside of the allocation; the advice changes no contents. A refusal changes nothing.
-            #[allow(unsafe_code)]
-            unsafe {
-                libc::madvise(room.start.with_addr(start).cast(), len, libc::MADV_HUGEPAGE);
-            }
-        }
-    }
-}
-
 /// The C library's allocator. Its large blocks begin at a line of the cache, where it alone would begin them sixteen bytes later: then
 /// every load and store of sixteen floats, and every row of the matrix unit, would take two lines, a quarter of the time of a prompt.
+/// Larger ones are in huge pages, unless they are made of zeros or grow to their size, where the system has them: reading on across ordinary ones costs a walk through the page table every
+/// 4 KiB, a sixth of the time of a token of a small model and a tenth of that of a prompt or a training step.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 struct Lines;
 
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod lines {
-    use super::Lines;
+    use super::{KEPT_BYTES_MAX, Lines};
     use std::alloc::{GlobalAlloc, Layout};
+    use std::cell::Cell;
 
     #[global_allocator]
     static ALLOCATOR: Lines = Lines;
@@ -63,6 +60,10 @@ mod lines {
     const LINE_BYTES: usize = 64;
     /// Blocks from this size on are large.
     const LARGE_BYTES: usize = 4096;
+    /// What the C library asks the system for at once, at least. Nothing is in memory before it is written.
+    pub(super) const SPARE_BYTES: usize = 64 << 20;
+    /// Blocks from this size on are in huge pages.
+    const HUGE_BYTES: usize = 256 << 10;
     /// What `malloc` aligns to.
     const ALIGN: usize = align_of::<libc::max_align_t>();
 
@@ -100,6 +101,61 @@ mod lines {
         unsafe { block.cast::<*mut u8>().sub(1).read() }
     }
 
+    /// Asks for huge pages wherever a large block lies, together with its neighbours, and where the next ones will lie: a page that is
+    /// written before is an ordinary one, and the C library writes to the end of every block. What it maps alone is advised alone. Only a
+    /// wish: nothing fails where the system has none.
+    fn prefer_huge_pages(block: *mut u8, size: usize) {
+        const PAGE_BYTES: usize = 2 << 20;
+        if size >= HUGE_BYTES && !block.is_null() {
+            let (room, page) = if size < KEPT_BYTES_MAX as usize { (SPARE_BYTES, PAGE_BYTES) } else { (0, 4096) };
+            let start = block.addr() / page * page;
+            let end = (block.addr() + size + room).next_multiple_of(page);
+            // SAFETY: the advice changes no contents, whosever they are. What is not there is passed over.
+            #[allow(unsafe_code)]
+            unsafe {
+                libc::madvise(block.with_addr(start).cast(), end - start, libc::MADV_HUGEPAGE);
+            }
+        }
+    }
+
+    thread_local! {
+        static IS_APART: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// While it lives, large zeros of this thread are mapped alone.
+    pub(super) struct Apart(bool);
+
+    impl Apart {
+        pub(super) fn new() -> Self {
+            Self(IS_APART.replace(true))
+        }
+    }
+
+    impl Drop for Apart {
+        fn drop(&mut self) {
+            IS_APART.set(self.0);
+        }
+    }
+
+    /// Marks, in the address before a large block, one that is mapped alone: others are even.
+    const MAPPED: usize = 1;
+
+    /// A large block of zeros that is mapped alone, null if there is no memory.
+    fn mapped(size: usize) -> *mut u8 {
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: new memory, which has room for a line before the block.
+        #[allow(unsafe_code)]
+        unsafe {
+            let outer = libc::mmap(std::ptr::null_mut(), size + LINE_BYTES, protection, flags, -1, 0);
+            if outer == libc::MAP_FAILED {
+                return std::ptr::null_mut();
+            }
+            let block = within(outer.cast());
+            block.cast::<*mut u8>().sub(1).write(outer.cast::<u8>().map_addr(|address| address | MAPPED));
+            block
+        }
+    }
+
     // SAFETY: every block comes from the C library, with at least the alignment and size that is asked for, and goes back to it: large
     // ones, which size and alignment tell, by the address before them, others by their own.
     #[allow(unsafe_code)]
@@ -107,7 +163,9 @@ mod lines {
         unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
             if is_large(layout.size(), layout.align()) {
                 // SAFETY: the block is a line longer. A layout is at most half of all addresses.
-                return unsafe { within(libc::malloc(layout.size() + LINE_BYTES).cast()) };
+                let block = unsafe { within(libc::malloc(layout.size() + LINE_BYTES).cast()) };
+                prefer_huge_pages(block, layout.size());
+                return block;
             }
             if layout.align() <= ALIGN {
                 // SAFETY: any size may be asked for.
@@ -124,15 +182,24 @@ mod lines {
         unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
             // SAFETY: `block` is one of this allocator, of this layout (the caller's promise).
             unsafe {
-                let is_large = is_large(layout.size(), layout.align());
-                libc::free(if is_large { outer(block) } else { block }.cast());
+                if !is_large(layout.size(), layout.align()) {
+                    return libc::free(block.cast());
+                }
+                let outer = outer(block);
+                if outer.addr() & MAPPED == 0 {
+                    return libc::free(outer.cast());
+                }
+                libc::munmap(outer.map_addr(|address| address - MAPPED).cast(), layout.size() + LINE_BYTES);
             }
         }
 
         unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-            // SAFETY: as in `alloc`, and it has the size that is cleared. Zeros of the system are not touched: caches are large.
+            // SAFETY: as in `alloc`, and it has the size that is cleared.
             unsafe {
                 if is_large(layout.size(), layout.align()) {
+                    if IS_APART.get() {
+                        return mapped(layout.size());
+                    }
                     return within(libc::calloc(layout.size() + LINE_BYTES, 1).cast());
                 }
                 let block = self.alloc(layout);
@@ -152,7 +219,7 @@ mod lines {
                     return libc::realloc(block.cast(), size).cast();
                 }
                 let kept = layout.size().min(size);
-                if was && is {
+                if was && is && outer(block).addr() & MAPPED == 0 {
                     let before = block.offset_from_unsigned(outer(block));
                     let moved: *mut u8 = libc::realloc(outer(block).cast(), size + LINE_BYTES).cast();
                     if moved.is_null() {
@@ -175,7 +242,58 @@ mod lines {
 
     #[cfg(test)]
     mod tests {
+        #![allow(clippy::unwrap_used, clippy::expect_used)]
+
         use super::LINE_BYTES;
+        use crate::ops::memory::{apart, set_up};
+
+        /// What the system says of the memory that `address` is in: the lines of its mapping in smaps.
+        fn mapping(address: usize) -> Vec<String> {
+            let all = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let range = |line: &str| -> Option<std::ops::Range<usize>> {
+                let (start, end) = line.split(' ').next()?.split_once('-')?;
+                let number = |text| usize::from_str_radix(text, 16).ok();
+                Some(number(start)?..number(end)?)
+            };
+            let lines = all.lines().skip_while(|line| !range(line).is_some_and(|range| range.contains(&address)));
+            lines
+                .enumerate()
+                .take_while(|(i, line)| *i == 0 || range(line).is_none())
+                .map(|(_, line)| line.into())
+                .collect()
+        }
+
+        #[test]
+        fn large_blocks_are_in_huge_pages_and_zeros_apart_are_nowhere_yet() {
+            if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+                return;
+            }
+            set_up();
+            let block = Vec::<u8>::with_capacity(3 << 20);
+            let flags = mapping(block.as_ptr().addr()).into_iter().find(|line| line.starts_with("VmFlags")).unwrap();
+            assert!(flags.contains(" hg"), "{flags}");
+            let zeros = apart(|| vec![0_u8; 24 << 20]);
+            let mut is_there = vec![0_u8; zeros.len() / 4096 - 1];
+            // SAFETY: whole pages of the block, and as many bytes for the answer.
+            #[allow(unsafe_code)]
+            let code = unsafe {
+                let start = zeros.as_ptr().addr().next_multiple_of(4096);
+                libc::mincore(
+                    zeros.as_ptr().with_addr(start).cast_mut().cast(),
+                    is_there.len() * 4096,
+                    is_there.as_mut_ptr(),
+                )
+            };
+            // Where all pages are huge, the first one is there, with the address before the block.
+            let count = is_there.iter().filter(|page| **page & 1 == 1).count();
+            assert!(code == 0 && count <= 512, "{count} pages are there");
+            // They can be moved and given back like others.
+            let mut zeros = apart(|| vec![0_u8; 1 << 20]);
+            zeros[7] = 1;
+            zeros.resize(3 << 20, 2);
+            zeros.shrink_to(0);
+            assert!(zeros.iter().map(|x| usize::from(*x)).sum::<usize>() == 1 + (4 << 20));
+        }
 
         #[test]
         fn large_blocks_begin_at_a_line_and_keep_what_they_hold() {

@@ -1,6 +1,5 @@
 //! Tensors seen from a CPU body: contiguous slices of candle storages, and one output shared by threads in disjoint parts.
 
-use super::memory;
 use candle_core::{CpuStorage, Device, Layout, Tensor, WithDType};
 use half::{bf16, f16};
 use std::borrow::Cow;
@@ -196,7 +195,7 @@ pub(super) unsafe fn written<T: Copy + Default>(len: usize, write: impl FnOnce(&
 }
 
 /// A weight of `len` elements that `write` writes, one-dimensional. It is read from end to end again and again, so it begins at a line
-/// of the cache, and its memory is in huge pages where it is large and the system has them.
+/// of the cache.
 ///
 /// # Safety
 /// As [`written`].
@@ -207,7 +206,6 @@ pub(super) unsafe fn written_weight<T: WithDType + Default>(
 ) -> candle_core::Result<Tensor> {
     let spare = LINE_BYTES / size_of::<T>();
     let mut all = Vec::<T>::with_capacity(len + spare);
-    memory::prefer_huge_pages(&mut all);
     let first = all.as_ptr().align_offset(LINE_BYTES).min(spare);
     all.resize(first, T::default());
     // SAFETY: `first` is not above the capacity.

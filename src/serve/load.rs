@@ -71,9 +71,7 @@ pub(super) fn load(
         if device.is_cpu() {
             set_arithmetic(&mut model, numbers.compute_dtype, &name)?;
         }
-        let cache = KvCache::of(&model, plan.cache_dtype(), plan.block_count, plan.block_size)?;
-        memory::give_back();
-        memory::keep_freed();
+        let cache = memory::apart(|| KvCache::of(&model, plan.cache_dtype(), plan.block_count, plan.block_size))?;
         let runner = Runner::new(model, cache);
         Ok(if config.engine.step_graphs { runner } else { runner.without_replays() })
     })?;

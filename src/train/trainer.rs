@@ -26,7 +26,7 @@ use super::step::{Objective, Pass, Tally};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::model::tape::Keep;
-use crate::ops::{memory, parallel};
+use crate::ops::parallel;
 
 mod estimate;
 
@@ -83,7 +83,6 @@ pub fn run(recipe: &Recipe, start: &Start, watch: &mut dyn Watch) -> Result<Outc
     if let Some(threads) = recipe.run.threads {
         parallel::set_threads(threads);
     }
-    memory::keep_freed();
     let prepared = Prepared::new(recipe, start, watch)?;
     if *start == Start::Plan {
         let plan = prepared.plan(recipe, &prepared.course)?;
