@@ -219,7 +219,7 @@ class Server:
 def plan(a, path, *flags):
     """MiB of weights and of the cache, and tokens in it, as `eurus check` plans them."""
     text = run([a.eurus, "check", "--model", path, "--reward-model", "none", *flags])
-    weights, weights_unit, cache, cache_unit, tokens = re.search(r"weights ([\d.]+) (\w+), cache ([\d.]+) (\w+) for (\d+) tokens", text).groups()
+    weights, weights_unit, cache, cache_unit, tokens = re.search(r"weights ([\d.]+) (\w+), cache ([\d.]+) (\w+) of \w+ for (\d+) tokens", text).groups()
     unit = {"MiB": 1.0, "GiB": 1024.0}
     return float(weights) * unit[weights_unit], float(cache) * unit[cache_unit], int(tokens)
 
