@@ -280,14 +280,7 @@ impl Registers {
                     options(readonly, nostack, preserves_flags)
                 );
             }
-            asm!(
-                "tilestored [{to} + {across}], tmm0",
-                "tilestored [{to} + {across} + 64], tmm1",
-                "tilestored [{below} + {across}], tmm2",
-                "tilestored [{below} + {across} + 64], tmm3",
-                to = in(reg) to, below = in(reg) to.add(ROWS * across), across = in(reg) 4 * across,
-                options(nostack, preserves_flags)
-            );
+            store_square(to, across);
         }
     }
 
@@ -301,7 +294,6 @@ impl Registers {
         // SAFETY: the operands have these sizes, which are checked above, and the target is to be written; the compiler uses none of the
         // registers.
         unsafe {
-            let (to, below, across) = (out.start, out.start.add(ROWS * out.across), 4 * out.across);
             zero();
             for (a, b) in left.chunks_exact(LEN).zip(right.chunks_exact(LEN)) {
                 asm!(
@@ -353,14 +345,7 @@ impl Registers {
                     options(readonly, nostack, preserves_flags)
                 );
             }
-            asm!(
-                            "tilestored [{to} + {across}], tmm0",
-                            "tilestored [{to} + {across} + 64], tmm1",
-                            "tilestored [{below} + {across}], tmm2",
-                            "tilestored [{below} + {across} + 64], tmm3",
-            to = in(reg) to, below = in(reg) below, across = in(reg) across,
-                            options(nostack, preserves_flags)
-                        );
+            store_square(out.start, out.across);
         }
     }
 
@@ -388,6 +373,25 @@ impl Registers {
                 dots = in(reg) dots.0.as_mut_ptr(), options(nostack, preserves_flags)
             );
         }
+    }
+}
+
+/// Writes the sums of two strips and 32 columns to rows that lie `across` apart.
+///
+/// # Safety
+/// The registers are set up for strips of sixteen rows, and 32 such rows from `to` on are to be written.
+#[inline(always)]
+unsafe fn store_square(to: *mut f32, across: usize) {
+    // SAFETY: only what the caller promises is written; the compiler uses none of the registers.
+    unsafe {
+        asm!(
+            "tilestored [{to} + {across}], tmm0",
+            "tilestored [{to} + {across} + 64], tmm1",
+            "tilestored [{below} + {across}], tmm2",
+            "tilestored [{below} + {across} + 64], tmm3",
+            to = in(reg) to, below = in(reg) to.add(ROWS * across), across = in(reg) 4 * across,
+            options(nostack, preserves_flags)
+        );
     }
 }
 

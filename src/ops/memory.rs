@@ -43,8 +43,9 @@ pub fn give_back() {
 
 /// The C library's allocator. Its large blocks begin at a line of the cache, where it alone would begin them sixteen bytes later: then
 /// every load and store of sixteen floats, and every row of the matrix unit, would take two lines, a quarter of the time of a prompt.
-/// Larger ones are in huge pages, unless they are made of zeros or grow to their size, where the system has them: reading on across ordinary ones costs a walk through the page table every
-/// 4 KiB, a sixth of the time of a token of a small model and a tenth of that of a prompt or a training step.
+/// Larger ones are in huge pages where the system has them, unless they are made of zeros or grow to their size: reading on across
+/// ordinary pages costs a walk through the page table every 4 KiB, a sixth of the time of a token of a small model and a tenth of that of a
+/// prompt or a training step.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 struct Lines;
 
@@ -157,7 +158,8 @@ mod lines {
     }
 
     // SAFETY: every block comes from the C library, with at least the alignment and size that is asked for, and goes back to it: large
-    // ones, which size and alignment tell, by the address before them, others by their own.
+    // ones, which size and alignment tell, by the address before them, others by their own. Large ones whose address is marked come from
+    // the system, and go back there.
     #[allow(unsafe_code)]
     unsafe impl GlobalAlloc for Lines {
         unsafe fn alloc(&self, layout: Layout) -> *mut u8 {

@@ -19,8 +19,8 @@ impl Pairs {
         unsafe { add(sums, c) }
     }
 
-    /// The parts of `numbers` along k of some `rows`, square after square of 32, to `[square][step, PARTS, 32 rows]`, zeros for those that are
-    /// not there.
+    /// The parts of `numbers` along k of some `rows`, square after square of 32, to `[square][step, PARTS, 32 rows]`, zeros for those
+    /// that are not there.
     pub(super) fn cut_left(
         self,
         a: Left<'_>,
@@ -43,8 +43,8 @@ impl Pairs {
         }
     }
 
-    /// The parts of some columns of `b` `[k, across]`, square after square of 32, to `[square][step, PARTS, 2, 16 pairs]`, zeros for those that
-    /// are not there.
+    /// The parts of some columns of `b` `[k, across]`, square after square of 32, to `[square][step, PARTS, 2, 16 pairs]`, zeros for those
+    /// that are not there.
     pub(super) fn cut_right<E: Element>(self, b: &[E], across: usize, columns: Range<usize>, out: &mut [Vector]) {
         let len = out.len() / columns.len().div_ceil(SQUARE);
         for step in 0..len / VECTORS {

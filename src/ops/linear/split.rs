@@ -41,7 +41,6 @@ pub(super) struct Split {
 }
 
 /// Some rows and columns of a product, in whole squares but at its ends.
-#[derive(Clone)]
 struct Piece {
     rows: Range<usize>,
     columns: Range<usize>,
